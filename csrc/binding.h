@@ -1,0 +1,341 @@
+// What every op's torch file shares: the check of its arguments, the launch of its formula on the
+// device at hand, and the wiring to autograd and autocast. With it an op is two short functions,
+// forward and backward, and two schemas (see gaussian.cpp).
+#pragma once
+
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "rows.h"
+
+#ifdef FASTVAE_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fastvae {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+namespace cuda {
+// rows.cuh, instantiated in <family>.cu. Null, or what CUDA complains of.
+template <class F>
+const char* sweep_rows(const Sweep& sweep, void* stream);
+}  // namespace cuda
+
+// ---- checks and launch ------------------------------------------------------------------------
+
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// One call of one op: checks its inputs, broadcasts them to [..., columns], runs formulas over
+// them. Nothing here depends on concrete sizes until the kernel is launched, so a dynamic shape
+// stays one.
+class RowOp {
+ public:
+  // Throws unless the inputs are floating, of one dtype, on one device, and broadcast together.
+  RowOp(const char* name, std::initializer_list<Argument> inputs);
+
+  // A row input (the gradient of a row sum), broadcast to one value a row.
+  RowOp& row_input(const char* name, const Tensor& value);
+  RowOp& key(const Tensor& key);
+
+  template <class F>
+  struct Result {
+    std::array<Tensor, F::shape.outputs> outputs;
+    Tensor row_sum;
+  };
+  // Outputs that are not wanted come back undefined, and are not written.
+  template <class F>
+  Result<F> run(std::array<bool, F::shape.outputs> wanted);
+  template <class F>
+  Result<F> run() {
+    std::array<bool, F::shape.outputs> all;
+    all.fill(true);
+    return run<F>(all);
+  }
+
+ private:
+  static Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options);
+  at::TensorOptions row_options() const;  // half types sum in, and return, float32
+  Sweep lay_out();                        // of the inputs; sizes are concrete from here on
+  template <class F>
+  void launch(Sweep& sweep) const;
+
+  const char* name_;
+  c10::SmallVector<Tensor, kMaxInputs> inputs_;
+  c10::SymDimVector shape_;
+  Tensor row_input_, key_;
+};
+
+template <class F>
+RowOp::Result<F> RowOp::run(std::array<bool, F::shape.outputs> wanted) {
+  static_assert(F::shape.inputs <= kMaxInputs && F::shape.outputs <= kMaxOutputs);
+  Result<F> result;
+  for (int k = 0; k < F::shape.outputs; ++k) {
+    if (wanted[k]) result.outputs[k] = allocate(shape_, inputs_[0].options());
+  }
+  if constexpr (F::shape.row_sums > 0) {
+    result.row_sum =
+        allocate(c10::SymIntArrayRef(shape_).slice(0, shape_.size() - 1), row_options());
+  }
+  if (inputs_[0].is_meta()) return result;
+
+  Sweep sweep = lay_out();
+  for (int k = 0; k < F::shape.outputs; ++k) {
+    if (wanted[k]) sweep.outputs[k] = result.outputs[k].mutable_data_ptr();
+  }
+  if constexpr (F::shape.row_sums > 0) sweep.row_sum = result.row_sum.mutable_data_ptr();
+  if (sweep.rows() > 0) launch<F>(sweep);
+  return result;
+}
+
+template <class F>
+void RowOp::launch(Sweep& sweep) const {
+  // Rows too long for one worker are summed in segments, whose sums are added afterwards.
+  const bool is_cpu = inputs_[0].is_cpu();
+  const int64_t segments =
+      is_cpu ? cpu::segments_per_row(sweep.columns) : cuda::segments_per_row(sweep.columns);
+  Tensor partial_sums;
+  if (F::shape.row_sums > 0 && segments > 1) {
+    partial_sums = at::empty({sweep.rows() * segments}, inputs_[0].options().dtype(at::kDouble));
+    sweep.partial_sums = partial_sums.mutable_data_ptr<double>();
+  }
+#ifdef FASTVAE_CUDA
+  if (!is_cpu) {
+    const c10::cuda::CUDAGuard guard(inputs_[0].device());
+    const char* error = cuda::sweep_rows<F>(sweep, c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
+    return;
+  }
+#endif
+  // Below this many elements a second thread costs more than it brings.
+  constexpr int64_t kGrain = F::shape.noise ? 4096 : 16384;
+  const int64_t unit_size = std::max<int64_t>(1, std::min(sweep.columns, cpu::kSegment));
+  at::parallel_for(0, sweep.rows() * segments, std::max<int64_t>(1, kGrain / unit_size),
+                   [&](int64_t begin, int64_t end) { cpu::sweep_units<F>(sweep, begin, end); });
+  if (sweep.partial_sums != nullptr) cpu::add_segments(sweep);
+}
+
+// ---- autograd ---------------------------------------------------------------------------------
+//
+// An op is a struct of a name and two static functions on tensors, its bodies for every device:
+//
+//   struct GaussianLogProbOp {
+//     static constexpr const char* kName = "gaussian_log_prob";
+//     static Tensor forward(const Tensor& x, const Tensor& mu, const Tensor& log_var);
+//     static std::tuple<Tensor, Tensor, Tensor> backward(      // one gradient per floating input
+//         const Tensor& grad, const Tensor& x, const Tensor& mu, const Tensor& log_var,
+//         std::array<bool, 3> wanted);                         // not wanted: undefined
+//   };
+//
+// define<Op>() registers fastvae::<name> and fastvae::<name>_backward, and makes the first
+// differentiable to any order. Keys, which get no gradient, come after the floating inputs;
+// optional tensors come last, and if one is absent so are those after it.
+
+// Between typed signatures and lists of tensors, in which an absent tensor is undefined or, at the
+// end, left out.
+template <class Signature>
+struct Unpack;
+template <class R, class... Args>
+struct Unpack<R(Args...)> {
+  using Typed = c10::TypedOperatorHandle<R(Args...)>;
+
+  template <class Arg>
+  static decltype(auto) as(const Tensor& x) {
+    if constexpr (std::is_same_v<std::decay_t<Arg>, Tensor>) {
+      return (x);
+    } else {
+      return x.defined() ? std::optional<Tensor>(x) : std::nullopt;
+    }
+  }
+  template <size_t... I, class... Rest>
+  static variable_list call(const Typed& op, at::TensorList in, std::index_sequence<I...>,
+                            const Rest&... rest) {
+    using Types = std::tuple<Args...>;
+    return list(op.call(as<std::tuple_element_t<I, Types>>(in[I])..., rest...));
+  }
+  static variable_list list(const Tensor& x) { return {x}; }
+  template <class... Ts>
+  static variable_list list(const std::tuple<Ts...>& xs) {
+    return std::apply([](const auto&... x) { return variable_list{x...}; }, xs);
+  }
+  static Tensor tensor(const Tensor& x) { return x; }
+  static Tensor tensor(const std::optional<Tensor>& x) { return x.value_or(Tensor()); }
+  static R result(variable_list outputs) {
+    if constexpr (std::is_same_v<R, Tensor>) {
+      return std::move(outputs[0]);
+    } else {
+      return {std::move(outputs[0]), std::move(outputs[1])};
+    }
+  }
+  // The typed function that packs its arguments, calls Function, and unpacks the result.
+  template <variable_list (*Function)(at::TensorList)>
+  static R adapt(Args... args) {
+    const std::array<Tensor, sizeof...(Args)> inputs{tensor(args)...};
+    return result(Function(inputs));
+  }
+};
+
+template <class Op>
+struct Calls {
+  using Forward = std::remove_pointer_t<decltype(&Op::forward)>;
+  using Backward = std::remove_pointer_t<decltype(&Op::backward)>;
+
+  template <class Signature>
+  static const auto& handle(const char* suffix) {
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow((std::string("fastvae::") + Op::kName + suffix).c_str(), "")
+            .template typed<Signature>();
+    return op;
+  }
+
+  template <class R, class... Args>
+  static constexpr size_t arity(R (*)(Args...)) {
+    return sizeof...(Args);
+  }
+
+  static variable_list forward(at::TensorList inputs) {
+    constexpr size_t kTensors = arity(&Op::forward);
+    std::array<Tensor, kTensors> all;
+    std::copy(inputs.begin(), inputs.end(), all.begin());
+    return Unpack<Forward>::call(handle<Forward>(""), all, std::make_index_sequence<kTensors>{});
+  }
+
+  static variable_list backward(const variable_list& grads, const variable_list& inputs,
+                                const std::vector<bool>& wanted) {
+    variable_list arguments(grads);
+    arguments.insert(arguments.end(), inputs.begin(), inputs.end());
+    constexpr size_t kTensors = arity(&Op::backward) - 1;
+    using Types = typename Arguments<Backward>::Types;
+    std::tuple_element_t<kTensors, Types> mask;
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i < wanted.size() && wanted[i];
+    arguments.resize(kTensors);
+    variable_list result = Unpack<Backward>::call(handle<Backward>("_backward"), arguments,
+                                                  std::make_index_sequence<kTensors>{}, mask);
+    result.resize(inputs.size());
+    return result;
+  }
+
+ private:
+  template <class Signature>
+  struct Arguments;
+  template <class R, class... Args>
+  struct Arguments<R(Args...)> {
+    using Types = std::tuple<std::decay_t<Args>...>;
+  };
+};
+
+// The op's twin in plain PyTorch, fastvae.reference.<name>, differentiable in every way torch
+// knows. It serves where a C++ autograd function cannot: under the transforms of torch.func, in
+// forward-mode AD, and for gradients of gradients. Same noise from the same key.
+variable_list call_reference(const char* name, at::TensorList inputs);
+
+// d outputs / d inputs of the twin, itself differentiable. Undefined where not wanted.
+variable_list reference_backward(const char* name, const variable_list& grads,
+                                 const variable_list& inputs, const std::vector<bool>& wanted);
+
+// Whether a tensor is wrapped by torch.func (grad, vjp, jvp) or carries a forward-mode tangent.
+bool is_transformed(const Tensor& x);
+
+template <class Op>
+struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList inputs) {
+    ctx->save_for_backward(inputs.vec());
+    ctx->set_materialize_grads(false);  // an output that was not used has no gradient
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return Calls<Op>::forward(inputs);
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
+    const variable_list inputs = ctx->get_saved_variables();
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
+      return variable_list(inputs.size());
+    }
+    std::vector<bool> wanted(inputs.size());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      wanted[i] = ctx->needs_input_grad(i);
+    }
+    if (at::GradMode::is_enabled()) return reference_backward(Op::kName, grads, inputs, wanted);
+    at::AutoDispatchBelowADInplaceOrView below_autograd;  // the backward op has no kernel above
+    variable_list result = Calls<Op>::backward(grads, inputs, wanted);
+    for (size_t i = 0; i < result.size(); ++i) {  // sum over what was broadcast
+      if (!wanted[i]) {
+        result[i] = Tensor();
+      } else if (result[i].sym_sizes() != inputs[i].sym_sizes()) {
+        result[i] = at::sum_to(result[i], inputs[i].sym_sizes());
+      }
+    }
+    return result;
+  }
+};
+
+// The kernel under the Autograd key: out of the way at once when no gradient is asked for.
+template <class Op>
+variable_list call_autograd(at::TensorList inputs) {
+  while (!inputs.back().defined()) inputs = inputs.slice(0, inputs.size() - 1);
+  bool requires_grad = false;
+  for (const Tensor& input : inputs) {
+    if (is_transformed(input)) return call_reference(Op::kName, inputs);
+    requires_grad |= input.requires_grad();
+  }
+  if (requires_grad && at::GradMode::is_enabled()) return Differentiable<Op>::apply(inputs);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return Calls<Op>::forward(inputs);
+}
+
+// Under vmap the reference broadcasts; the fallback would call the kernel once per example.
+template <class Op>
+variable_list call_batched(at::TensorList inputs) {
+  return call_reference(Op::kName, inputs);
+}
+
+// Under autocast, inputs of several floating types meet in the widest: a float32 x and bfloat16
+// logits score in float32. Types that already agree are left alone; row sums are float32 anyway.
+variable_list promote(c10::DeviceType device, at::TensorList inputs);
+
+template <class Op, c10::DeviceType Device>
+variable_list call_autocast(at::TensorList inputs) {
+  constexpr auto kKey =
+      Device == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(kKey)};
+  return Calls<Op>::forward(promote(Device, inputs));
+}
+
+// Registers an op from its arguments' schema, "(Tensor x, Tensor mu) -> Tensor", and its
+// backward's.
+template <class Op>
+void define(torch::Library& m, const std::string& schema, const std::string& backward_schema) {
+  const std::string name = Op::kName, backward = name + "_backward";
+  using Adapt = Unpack<typename Calls<Op>::Forward>;
+  m.def((name + schema).c_str(), {at::Tag::pt2_compliant_tag});
+  m.def((backward + backward_schema).c_str(), {at::Tag::pt2_compliant_tag});
+  for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
+    m.impl(name.c_str(), torch::dispatch(key, TORCH_FN((Op::forward))));
+    m.impl(backward.c_str(), torch::dispatch(key, TORCH_FN((Op::backward))));
+  }
+  const auto add = [&](c10::DispatchKey key, auto* function) {
+    m.impl(name.c_str(), torch::dispatch(key, function));
+  };
+  add(c10::DispatchKey::Autograd, &Adapt::template adapt<&call_autograd<Op>>);
+  add(c10::DispatchKey::FuncTorchBatched, &Adapt::template adapt<&call_batched<Op>>);
+  add(c10::DispatchKey::AutocastCPU, &Adapt::template adapt<&call_autocast<Op, c10::kCPU>>);
+  add(c10::DispatchKey::AutocastCUDA, &Adapt::template adapt<&call_autocast<Op, c10::kCUDA>>);
+}
+
+}  // namespace fastvae

@@ -1,0 +1,82 @@
+// fastvae._C: importing it registers the ops (static initialisers of the families). What it offers
+// itself is no tensor op: facts of the build, and probes for the tests.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "gaussian.h"
+#include "noise.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The instruction set that the hot loops run on here.
+const char* isa() {
+#if defined(FASTVAE_MULTIVERSION)
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+  return "x86-64";
+#else
+  return FASTVAE_ISA;
+#endif
+}
+
+py::list words(const fastvae::philox::Words& w) {
+  py::list result;
+  for (const uint32_t x : w.x) result.append(x);
+  return result;
+}
+
+py::list philox(int rounds, std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
+  const fastvae::philox::Words counter{{c[0], c[1], c[2], c[3]}};
+  if (rounds == 7) return words(fastvae::philox::rounds<7>(counter, key[0], key[1]));
+  if (rounds == 10) return words(fastvae::philox::rounds<10>(counter, key[0], key[1]));
+  throw std::invalid_argument("fastvae::philox: rounds must be 7 or 10, got " +
+                              std::to_string(rounds));
+}
+
+// sixteen counters as the CPU engine draws them: words[4][16]
+py::list philox_group(uint64_t seed, uint64_t offset, uint64_t index) {
+  fastvae::cpu::NoiseWords group;
+  fastvae::cpu::philox_words({seed, offset}, index, group);
+  py::list result;
+  for (int l = 0; l < fastvae::cpu::kLanes; ++l) {
+    for (int j = 0; j < 4; ++j) result.append(group[j][l]);
+  }
+  return result;
+}
+
+float evaluate(const std::string& name, float x) {
+  namespace m = fastvae::math;
+  if (name == "exp") return m::exp(x);
+  if (name == "half_expm1") return m::half_expm1(x);
+  if (name == "half_expm1_minus") return m::half_expm1_minus(x);
+  if (name == "half_exp.exp_half") return m::half_exp(x).exp_half;
+  if (name == "half_exp.half_expm1") return m::half_exp(x).half_expm1;
+  if (name == "half_exp.half_expm1_minus") return m::half_exp(x).half_expm1_minus;
+  if (name == "log_normal") return m::log_normal(x);
+  if (name == "log1p_unit") return m::log1p_unit(x);
+  if (name == "sin_turn") return m::sincos_turn(x).sin;
+  if (name == "cos_turn") return m::sincos_turn(x).cos;
+  throw std::invalid_argument("fastvae::math: no function " + name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+#ifdef FASTVAE_CUDA
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+  m.def("isa", &isa);
+  m.def("philox", &philox, "One Philox4x32 block of `rounds` rounds.");
+  m.def("philox_group", &philox_group, "Sixteen blocks as the CPU engine draws them.");
+  m.def("math", [](const std::string& name, py::array_t<float> x) {
+    return py::vectorize([&name](float value) { return evaluate(name, value); })(std::move(x));
+  });
+}

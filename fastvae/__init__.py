@@ -1,0 +1,41 @@
+"""fastvae: fused kernels for variational inference in PyTorch.
+
+Drop-in functions with autograd (:mod:`fastvae.functional`, importable from here), the same in plain
+PyTorch (:mod:`fastvae.reference`), explicit randomness (:mod:`fastvae.random`), and models made of
+them (:mod:`fastvae.models`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _load, functional, random, reference
+from .functional import *  # noqa: F403
+from .functional.route import OPS as _OPS
+from .functional.route import explain as route
+
+__version__ = "0.1.0"
+
+_reference_ops = reference.register(_OPS) if _load.module is not None else None
+
+__all__ = ["__version__", "build_info", "functional", "random", "reference", "route"]
+__all__ += functional.__all__
+
+
+def build_info() -> dict[str, object]:
+    """Facts about this installation: versions, instruction set, threads, CUDA, and what is missing.
+
+    >>> sorted(fastvae.build_info())[:3]
+    ['compiled', 'cuda', 'isa']
+    """
+    module = _load.module
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch_built": _load.built_with,
+        "compiled": module is not None,
+        "cuda": bool(module is not None and module.cuda),
+        "isa": module.isa() if module is not None else "none",
+        "threads": torch.get_num_threads(),
+        "reason": _load.reason,
+    }

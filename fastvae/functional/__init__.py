@@ -1,0 +1,12 @@
+"""One typed, documented function per op, a module per family.
+
+No logic lives here beyond defaults and the choice of the route (:mod:`.route`).
+"""
+
+from . import gaussian, likelihood
+from .gaussian import *  # noqa: F403
+from .likelihood import *  # noqa: F403
+
+__all__: list[str] = []
+__all__ += gaussian.__all__
+__all__ += likelihood.__all__

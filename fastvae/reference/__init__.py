@@ -1,0 +1,29 @@
+"""Every op again in plain PyTorch, formula by formula, with the names and arguments of the op.
+
+The oracle of the tests (in float64), the baseline of the benchmark, what double backward
+differentiates, and what runs under functorch transforms, under forward-mode AD and without a
+compiled module. Written to be right and readable, not fast.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import gaussian, likelihood
+from .gaussian import *  # noqa: F403
+from .likelihood import *  # noqa: F403
+
+__all__: list[str] = ["register"]
+__all__ += gaussian.__all__
+__all__ += likelihood.__all__
+
+
+def register(ops: list[str]) -> torch.library.Library:
+    """Make the twins of ``ops`` callable from C++, where double backward differentiates them."""
+    library = torch.library.Library("fastvae_reference", "DEF")
+    for name in ops:
+        schema = str(getattr(torch.ops.fastvae, name).default._schema)
+        library.define(schema.removeprefix("fastvae::"))
+        for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+            library.impl(name, globals()[name], key)
+    return library  # the registrations live as long as this

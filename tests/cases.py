@@ -1,0 +1,212 @@
+"""THE table: one row gives an op all its generic tests (test_ops.py) and its benchmark (bench/).
+
+To add an op, add a row. A row says how to draw valid inputs, which outputs come back, how exact
+they must be and why, what a user would write by hand, and which sizes are worth timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastvae
+
+Shape = tuple[int, ...]
+Draw = Callable[[Shape, torch.Generator], Tensor]
+
+
+def normal(scale: float = 1.0) -> Draw:
+    return lambda shape, g: scale * torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def binary(shape: Shape, g: torch.Generator) -> Tensor:
+    return torch.randint(2, shape, generator=g).double()
+
+
+standard_normal = normal()
+
+
+@dataclass(frozen=True)
+class Input:
+    name: str
+    draw: Draw = standard_normal
+    data: bool = False  # what a training step needs no gradient for: timed without
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op, under its name in ``fastvae``, ``fastvae.reference`` and ``torch.ops.fastvae``."""
+
+    op: str
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]  # "element": shape of the inputs; "row": without the last dimension
+    eager: Callable[..., Any]  # the formula as users write it by hand
+    distributions: Callable[..., Any] | None  # and with torch.distributions, if it has one
+    bench: tuple[Shape, ...]  # sizes, last dimension = row length
+    bytes_forward: (
+        int  # the fewest elements that a forward must read and write, per element of input
+    )
+    bytes_full: int  # and forward + backward, of the inputs that are not data
+    sampled: bool = False  # takes key= and generator=
+    variant: str = ""  # tells rows of one op apart in test names
+    # max |value - float64 reference| / (|reference| + atol) per dtype
+    rtol: dict[torch.dtype, float] = field(
+        default_factory=lambda: {
+            torch.float64: 1e-12,  # sums of a few hundred terms, each good to a few ulp
+            torch.float32: 2e-6,  # likewise; the terms of a log-density may cancel by some 10x
+            torch.bfloat16: 2**-8,  # elementwise outputs are rounded once; row sums are float32
+            torch.float16: 2**-11,
+        }
+    )
+
+    @property
+    def name(self) -> str:
+        return self.op + (f"-{self.variant}" if self.variant else "")
+
+    @property
+    def fastvae(self) -> Callable[..., Any]:
+        return getattr(fastvae, self.op)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(fastvae.reference, self.op)
+
+    def draw(
+        self,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        requires_grad: bool = False,
+        device: str = "cpu",
+    ) -> list[Tensor]:
+        """Valid inputs, drawn in float64 and rounded."""
+        g = torch.Generator().manual_seed(seed)
+        tensors = [i.draw(shape, g).to(device=device, dtype=dtype) for i in self.inputs]
+        return [t.requires_grad_(requires_grad) for t in tensors]
+
+    def call(self, inputs: list[Tensor], key: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The public function, its outputs as a tuple."""
+        out = self.fastvae(*inputs, key=key) if self.sampled else self.fastvae(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    def call_reference(self, inputs: list[Tensor], key: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The reference formula, its outputs as a tuple."""
+        out = self.reference(*inputs, key) if self.sampled else self.reference(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+
+# --- what users write by hand ---------------------------------------------------------------------
+
+
+def _eager_reparameterize(mu: Tensor, log_var: Tensor) -> Tensor:
+    return mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+
+
+def _eager_reparameterize_kl(mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+    kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).sum(-1)
+    return _eager_reparameterize(mu, log_var), kl
+
+
+def _eager_gaussian_kl(
+    mu_q: Tensor, log_var_q: Tensor, mu_p: Tensor | None = None, log_var_p: Tensor | None = None
+) -> Tensor:
+    if mu_p is None or log_var_p is None:
+        return -0.5 * (1 + log_var_q - mu_q.pow(2) - log_var_q.exp()).sum(-1)
+    ratio = (log_var_q - log_var_p).exp()
+    square = (mu_q - mu_p).pow(2) / log_var_p.exp()
+    return 0.5 * (log_var_p - log_var_q + ratio + square - 1).sum(-1)
+
+
+def _eager_bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    return -bce(logits, x.expand_as(logits), reduction="none").sum(-1)
+
+
+# --- and with torch.distributions -----------------------------------------------------------------
+
+_d = torch.distributions
+
+
+def _normal(mu: Tensor, log_var: Tensor) -> torch.distributions.Normal:
+    return _d.Normal(mu, torch.exp(0.5 * log_var), validate_args=False)
+
+
+def _distributions_reparameterize_kl(mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+    q = _normal(mu, log_var)
+    p = _d.Normal(torch.zeros_like(mu), torch.ones_like(mu), validate_args=False)
+    return q.rsample(), _d.kl_divergence(q, p).sum(-1)
+
+
+def _distributions_gaussian_kl(
+    mu_q: Tensor, log_var_q: Tensor, mu_p: Tensor | None = None, log_var_p: Tensor | None = None
+) -> Tensor:
+    mu_p = torch.zeros_like(mu_q) if mu_p is None else mu_p
+    log_var_p = torch.zeros_like(mu_q) if log_var_p is None else log_var_p
+    return _d.kl_divergence(_normal(mu_q, log_var_q), _normal(mu_p, log_var_p)).sum(-1)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+LATENT: tuple[Shape, ...] = ((128, 32), (1024, 64), (65536, 256))
+
+CASES: tuple[Case, ...] = (
+    Case(
+        op="reparameterize",
+        inputs=(Input("mu"), Input("log_var")),
+        outputs=("element",),
+        eager=_eager_reparameterize,
+        distributions=lambda mu, log_var: _normal(mu, log_var).rsample(),
+        bench=LATENT,
+        bytes_forward=3,  # read mu, log_var; write z
+        bytes_full=6,  # and read grad_z (which is grad_mu), log_var; write grad_log_var
+        sampled=True,
+    ),
+    Case(
+        op="reparameterize_kl",
+        inputs=(Input("mu"), Input("log_var")),
+        outputs=("element", "row"),
+        eager=_eager_reparameterize_kl,
+        distributions=_distributions_reparameterize_kl,
+        bench=LATENT,
+        bytes_forward=3,
+        bytes_full=8,  # and read grad_z, mu, log_var; write grad_mu, grad_log_var
+        sampled=True,
+    ),
+    Case(
+        op="gaussian_kl",
+        inputs=(Input("mu_q"), Input("log_var_q")),
+        outputs=("row",),
+        eager=_eager_gaussian_kl,
+        distributions=_distributions_gaussian_kl,
+        bench=((128, 32), (1024, 512), (65536, 256)),
+        bytes_forward=2,
+        bytes_full=6,
+    ),
+    Case(
+        op="gaussian_kl",
+        variant="prior",
+        inputs=(Input("mu_q"), Input("log_var_q"), Input("mu_p"), Input("log_var_p")),
+        outputs=("row",),
+        eager=_eager_gaussian_kl,
+        distributions=_distributions_gaussian_kl,
+        bench=((1024, 512),),
+        bytes_forward=4,
+        bytes_full=12,
+    ),
+    Case(
+        op="bernoulli_log_prob",
+        inputs=(Input("x", binary, data=True), Input("logits", normal(3.0))),
+        outputs=("row",),
+        eager=_eager_bernoulli_log_prob,
+        distributions=lambda x, logits: (
+            _d.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
+        ),
+        bench=((128, 784), (4096, 784)),
+        bytes_forward=2,
+        bytes_full=5,
+    ),
+)

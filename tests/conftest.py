@@ -1,0 +1,30 @@
+"""Where the data lies, and which device the generic tests run on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+if "FASTVAE_DATA" not in os.environ and SHARED.is_dir():
+    os.environ["FASTVAE_DATA"] = str(SHARED)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """cpu, or what FASTVAE_TEST_DEVICE names (bench/device.sh says cuda)."""
+    name = os.environ.get("FASTVAE_TEST_DEVICE", "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        pytest.fail(f"FASTVAE_TEST_DEVICE={name}, but torch sees no CUDA device")
+    return name
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads for one test: ``threads(4)``."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

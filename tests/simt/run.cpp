@@ -1,0 +1,139 @@
+// Runs the cases that test_simt.py writes to standard input, each a Sweep with its data, and writes
+// the outputs to standard output. Every buffer is an allocation of its own, of the exact size, so
+// that AddressSanitizer sees the first byte read or written beyond it.
+//
+// A case is a Header, then for each input an InputHeader and its data, then the row input. The
+// answer is each output that was wanted (of a virtual one, the end), then the row sums.
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "philox.h"
+#include "sweep.h"
+
+extern "C" const char* __asan_default_options() {
+  return "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0";
+}
+
+namespace {
+
+using namespace fastvae;
+
+struct Header {  // test_simt.py packs the same
+  char name[32];
+  int64_t dtype, outer, inner, columns;
+  int64_t inputs, row_inputs, outputs, row_sums;  // how many
+  int64_t wanted;                                 // bit k: output k
+  int64_t output_offset;                          // elements from a 16-byte boundary to the outputs
+  int64_t lend_partial_sums;
+  int64_t highest_first, most_blocks, only_block;  // simt::Options
+  int64_t virtual_bytes;  // if not 0: outputs are huge, and this much of their end is answered
+  int64_t key[2];
+};
+struct InputHeader {
+  int64_t bytes, offset;  // of the data, and from a 16-byte boundary to it
+  int64_t outer_stride, inner_stride, column_stride;
+};
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+Buffer allocate(int64_t bytes) {  // 16-byte aligned, filled with NaN
+  char* p = static_cast<char*>(std::malloc(static_cast<size_t>(bytes)));
+  std::memset(p, 0xff, static_cast<size_t>(bytes));
+  return Buffer(p);
+}
+
+void receive(void* to, size_t bytes) {
+  if (bytes > 0 && std::fread(to, bytes, 1, stdin) != 1) {
+    std::fputs("run: a case ends early\n", stderr);
+    std::exit(2);
+  }
+}
+
+// Name "philox": the raw words of blocks 0, ..., columns - 1 of the key's stream.
+void run_philox(const Header& h) {
+  for (int64_t i = 0; i < h.columns; ++i) {
+    const philox::Words words =
+        philox::block({static_cast<uint64_t>(h.key[0]), static_cast<uint64_t>(h.key[1])},
+                      static_cast<uint64_t>(i));
+    std::fwrite(words.x, sizeof words.x, 1, stdout);
+  }
+}
+
+void run_case(const Header& h) {
+  std::vector<Buffer> buffers;
+  Sweep sweep;
+  sweep.dtype = static_cast<DType>(h.dtype);
+  sweep.outer = h.outer, sweep.inner = h.inner, sweep.columns = h.columns;
+  sweep.key = h.key;
+  const int64_t item = h.dtype == 0 ? 4 : h.dtype == 1 ? 8 : 2, row_item = h.dtype == 1 ? 8 : 4;
+  const int64_t rows = h.outer * h.inner;
+
+  for (int64_t k = 0; k < h.inputs; ++k) {
+    InputHeader in;
+    receive(&in, sizeof in);
+    buffers.push_back(allocate(in.offset + in.bytes));
+    receive(buffers.back().get() + in.offset, static_cast<size_t>(in.bytes));
+    sweep.inputs[k] = {buffers.back().get() + in.offset, in.outer_stride, in.inner_stride,
+                       in.column_stride};
+  }
+  for (int64_t k = 0; k < h.row_inputs; ++k) {
+    buffers.push_back(allocate(rows * row_item));
+    receive(buffers.back().get(), static_cast<size_t>(rows * row_item));
+    sweep.row_inputs[k] = buffers.back().get();
+  }
+  const int64_t output_bytes = rows * h.columns * item;
+  std::vector<std::pair<const char*, int64_t>> answer;
+  for (int64_t k = 0; k < h.outputs; ++k) {
+    if (!(h.wanted >> k & 1)) continue;
+    if (h.virtual_bytes > 0) {  // too large to be real: only what is touched takes memory
+      char* p = static_cast<char*>(mmap(nullptr, static_cast<size_t>(output_bytes),
+                                        PROT_READ | PROT_WRITE,
+                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      if (p == MAP_FAILED) std::exit(3);
+      sweep.outputs[k] = p;
+      answer.push_back({p + output_bytes - h.virtual_bytes, h.virtual_bytes});
+    } else {
+      buffers.push_back(allocate(h.output_offset * item + output_bytes));
+      sweep.outputs[k] = buffers.back().get() + h.output_offset * item;
+      answer.push_back({static_cast<char*>(sweep.outputs[k]), output_bytes});
+    }
+  }
+  if (h.row_sums > 0) {
+    buffers.push_back(allocate(rows * row_item));
+    sweep.row_sum = buffers.back().get();
+    answer.push_back({buffers.back().get(), rows * row_item});
+  }
+  if (h.lend_partial_sums) {
+    buffers.push_back(allocate(rows * cuda::segments_per_row(h.columns) * 8));
+    sweep.partial_sums = reinterpret_cast<double*>(buffers.back().get());
+  }
+
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  const auto formula = simt::formulas().find(h.name);
+  const char* error =
+      formula == simt::formulas().end() ? "no such formula" : formula->second(sweep, nullptr);
+  if (error != nullptr) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  for (const auto& [data, bytes] : answer) {
+    if (bytes > 0) std::fwrite(data, static_cast<size_t>(bytes), 1, stdout);
+  }
+}
+
+}  // namespace
+
+int main() {
+  Header header;
+  while (std::fread(&header, sizeof header, 1, stdin) == 1) {
+    header.name == std::string("philox") ? run_philox(header) : run_case(header);
+  }
+}

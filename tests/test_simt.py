@@ -1,0 +1,570 @@
+"""The CUDA kernels of csrc, unmodified, on a CPU: every formula, type and layout, no GPU needed.
+
+tests/simt stands in for the GPU (see simt.h there). The kernels run under AddressSanitizer and
+UndefinedBehaviorSanitizer, in a program of their own that reads cases and writes results, so that
+an access out of bounds ends it. References are plain float64, and a Philox of our own.
+"""
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMT = ROOT / "tests" / "simt"
+CXX = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++20", "-fno-strict-aliasing"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of DType
+
+pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler {CXX}")
+
+
+# ---- building ---------------------------------------------------------------------------------
+
+
+def build(folder: Path, sources: list[Path], csrc: Path, flags: list[str]) -> Path:
+    """Compiles sources, .cu among them, side by side and links them with the scheduler."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile(source: Path) -> str:
+        target = folder / f"{source.name}.o"
+        command = [CXX, *FLAGS, *flags, f"-I{csrc}", "-include", SIMT / "simt.h", "-x", "c++"]
+        subprocess.run([*command, "-c", source, "-o", target], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile, [*sources, SIMT / "run.cpp", SIMT / "simt.cpp"]))
+    subprocess.run([CXX, *flags, *objects, "-o", folder / "run"], check=True)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def program(request: pytest.FixtureRequest) -> Path:
+    """Built once per state of the sources, kept in pytest's cache."""
+    csrc = ROOT / "csrc"
+    inputs = [*csrc.glob("*.cu*"), *csrc.glob("*.h"), *SIMT.iterdir(), Path(__file__)]
+    stamp = sha256(b"".join(path.read_bytes() for path in sorted(inputs))).hexdigest()[:16]
+    cache = Path(request.config.cache.mkdir("simt"))
+    target = cache / stamp / "run"
+    if not target.exists():
+        for old in cache.iterdir():
+            shutil.rmtree(old, ignore_errors=True)
+        build(target.parent, sorted(csrc.glob("*.cu")), csrc, SANITIZE)
+    return target
+
+
+# ---- cases ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One sweep. Inputs are [outer, inner, columns] tensors of any strides, row input [rows]."""
+
+    formula: str
+    inputs: list[torch.Tensor]
+    row_input: torch.Tensor | None = None
+    key: tuple[int, int] = (0, 0)
+    wanted: int = -1
+    offsets: list[int] = field(default_factory=lambda: [0] * 6)  # elements; of inputs, and outputs
+    lend_partial_sums: bool = False
+    highest_first: bool = False
+    most_blocks: int = 2**31 - 1
+    only_block: int = -1
+    virtual_bytes: int = 0
+    missing: int = 0  # elements withheld from the end of each input: a test of the tests
+
+    @property
+    def spec(self) -> "Formula":
+        return FORMULAS[self.formula]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inputs[0].dtype
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def pack(self) -> bytes:
+        spec, item = self.spec, self.inputs[0].element_size()
+        message = [
+            struct.pack(
+                "<32s17q",
+                self.formula.encode(),
+                DTYPES.index(self.dtype),
+                *self.inputs[0].shape,
+                len(self.inputs),
+                int(spec.row_input),
+                spec.outputs,
+                int(spec.row_sum),
+                self.wanted & (2**spec.outputs - 1),
+                self.offsets[5],
+                int(self.lend_partial_sums),
+                int(self.highest_first),
+                self.most_blocks,
+                self.only_block,
+                self.virtual_bytes,
+                *np.array(self.key, np.uint64).astype(np.int64).tolist(),
+            )
+        ]
+        for tensor, offset in zip(self.inputs, self.offsets, strict=False):
+            data = reachable_bytes(tensor)
+            data = data[: len(data) - self.missing * item]
+            header = (len(data), offset * item, *tensor.stride())
+            message += [struct.pack("<5q", *header), data]
+        if self.row_input is not None:
+            message.append(self.row_input.to(self.row_dtype).numpy().tobytes())
+        return b"".join(message)
+
+    def unpack(
+        self, data: memoryview
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, int]:
+        outer, inner, columns = self.inputs[0].shape
+        at = 0
+
+        def take(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            nonlocal at
+            size = math.prod(shape) * dtype.itemsize
+            raw = bytearray(data[at : at + size])
+            at += size
+            return (
+                torch.frombuffer(raw, dtype=dtype).reshape(shape)
+                if raw
+                else torch.empty(shape, dtype=dtype)
+            )
+
+        shape = (outer, inner, columns)
+        if self.virtual_bytes:
+            shape = (self.virtual_bytes // self.dtype.itemsize,)
+        outputs = [
+            take(shape, self.dtype) if self.wanted >> k & 1 else None
+            for k in range(self.spec.outputs)
+        ]
+        row_sum = take((outer, inner), self.row_dtype) if self.spec.row_sum else None
+        return outputs, row_sum, at
+
+
+def reachable_bytes(tensor: torch.Tensor) -> bytes:
+    """The memory from the first to the last element of a tensor, and none beyond."""
+    if tensor.numel() == 0:
+        return b""
+    extents = [(n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    span = 1 + sum(extents)
+    return tensor.as_strided((span,), (1,)).view(torch.uint8).numpy().tobytes()
+
+
+def run(program: Path, *cases: Case) -> list[tuple[list[torch.Tensor | None], torch.Tensor | None]]:
+    done = subprocess.run([program], input=b"".join(c.pack() for c in cases), capture_output=True)
+    if done.returncode != 0:
+        raise AssertionError(done.stderr.decode()[:4000])
+    answer, results = memoryview(done.stdout), []
+    for case in cases:
+        outputs, row_sum, size = case.unpack(answer)
+        results.append((outputs, row_sum))
+        answer = answer[size:]
+    assert len(answer) == 0
+    return results
+
+
+# ---- references -------------------------------------------------------------------------------
+
+
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-10 of counters [n, 4] as in Salmon et al. (2011), in numpy."""
+    c = [counter[:, i].astype(np.uint64) for i in range(4)]
+    k0, k1 = key
+    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (p1 >> high) ^ c[1] ^ np.uint64(k0),
+            p1 & low,
+            (p0 >> high) ^ c[3] ^ np.uint64(k1),
+            p0 & low,
+        ]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return np.stack(c, 1).astype(np.uint32)
+
+
+def words(key: tuple[int, int], first: int, count: int) -> np.ndarray:
+    """The words of blocks first, ..., first + count - 1 of a key's stream: [count, 4]."""
+    seed, offset = key
+    index = [(offset + first + i) % 2**64 for i in range(count)]
+    counter = np.array([(i % 2**32, i // 2**32, 0, 0) for i in index], np.uint64).reshape(-1, 4)
+    return philox(counter, (seed % 2**32, seed // 2**32))
+
+
+def normals(key: tuple[int, int], first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Elements first, ..., first + count - 1: Box-Muller in float64, of the type's own uniforms."""
+    real = np.float64 if dtype == torch.float64 else np.float32
+    block = first // 4
+    x = words(key, block, (first + count + 3) // 4 - block).reshape(-1, 2)
+    u = (x.astype(real) * real(2**-32) + real(2**-33)).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log(u[:, 0])), 2 * np.pi * u[:, 1]
+    z = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
+    return torch.from_numpy(z[first - 4 * block :][:count])
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a formula takes, and its reference: inputs, row input, noise -> outputs, term."""
+
+    reference: object
+    inputs: int
+    outputs: int = 0
+    row_sum: bool = False
+    row_input: bool = False
+    noise: bool = False
+
+
+def gaussian_kl(m, v, p, w):
+    return (torch.expm1(v - w) - (v - w) + (m - p) ** 2 * torch.exp(-w)) / 2
+
+
+def standard_kl(m, v):
+    return (m**2 + torch.expm1(v) - v) / 2
+
+
+FORMULAS = {
+    "Reparameterize.Forward": Formula(
+        lambda m, v, e: ([m + torch.exp(v / 2) * e], None), 2, outputs=1, noise=True
+    ),
+    "Reparameterize.Backward": Formula(
+        lambda g, v, e: ([g * torch.exp(v / 2) * e / 2], None), 2, outputs=1, noise=True
+    ),
+    "StandardGaussianKl.Forward": Formula(lambda m, v: ([], standard_kl(m, v)), 2, row_sum=True),
+    "StandardGaussianKl.Backward": Formula(
+        lambda m, v, g: ([g * m, g * torch.expm1(v) / 2], None), 2, outputs=2, row_input=True
+    ),
+    "ReparameterizeKl.Forward": Formula(
+        lambda m, v, e: ([m + torch.exp(v / 2) * e], standard_kl(m, v)),
+        2,
+        outputs=1,
+        row_sum=True,
+        noise=True,
+    ),
+    "ReparameterizeKl.Backward": Formula(
+        lambda z, m, v, g, e: (
+            [z + g * m, z * torch.exp(v / 2) * e / 2 + g * torch.expm1(v) / 2],
+            None,
+        ),
+        3,
+        outputs=2,
+        row_input=True,
+        noise=True,
+    ),
+    "GaussianKl.Forward": Formula(
+        lambda m, v, p, w: ([], gaussian_kl(m, v, p, w)), 4, row_sum=True
+    ),
+    "GaussianKl.Backward": Formula(
+        lambda m, v, p, w, g: (
+            [
+                g * (m - p) * torch.exp(-w),
+                g * torch.expm1(v - w) / 2,
+                g * (p - m) * torch.exp(-w),
+                -g * (torch.expm1(v - w) + (m - p) ** 2 * torch.exp(-w)) / 2,
+            ],
+            None,
+        ),
+        4,
+        outputs=4,
+        row_input=True,
+    ),
+    "BernoulliLogProb.Forward": Formula(
+        lambda x, a: ([], x * a - torch.nn.functional.softplus(a, threshold=60)), 2, row_sum=True
+    ),
+    "BernoulliLogProb.Backward": Formula(
+        lambda x, a, g: ([g * a, g * (x - torch.sigmoid(a))], None), 2, outputs=2, row_input=True
+    ),
+}
+
+# Of the largest value: a handful of roundings in the formula, then one to the storage type.
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.float64: 1e-14,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-10,
+}
+
+
+def check(case: Case, result: tuple[list[torch.Tensor | None], torch.Tensor | None]) -> None:
+    outputs, row_sum = result
+    shape = case.inputs[0].shape
+    arguments = [x.double() for x in case.inputs]
+    if case.spec.row_input:
+        arguments.append(case.row_input.double().reshape(shape[0], shape[1], 1))
+    if case.spec.noise:
+        arguments.append(normals(case.key, 0, math.prod(shape), case.dtype).reshape(shape))
+    expected, term = case.spec.reference(*arguments)
+
+    for k, (got, want) in enumerate(zip(outputs, expected, strict=False)):
+        if got is None:
+            continue
+        error = (got.double() - want).abs()
+        bound = TOLERANCE[case.dtype] * (1 + want.abs())
+        assert (error <= bound).all(), f"output {k} of {describe(case)}: {got} != {want}"
+    if term is not None:
+        error = (row_sum.double() - term.sum(-1)).abs()
+        bound = TOLERANCE[case.row_dtype] * (1 + term.abs()).sum(-1)
+        assert (error <= bound).all(), f"sums of {describe(case)}: {row_sum} != {term.sum(-1)}"
+
+
+def describe(case: Case) -> str:
+    strides = [tuple(x.stride()) for x in case.inputs]
+    shape = tuple(case.inputs[0].shape)
+    return f"{case.formula} {case.dtype} {shape}, strides {strides}, offsets {case.offsets}"
+
+
+# ---- layouts ----------------------------------------------------------------------------------
+
+
+def laid_out(layout: str, shape: tuple[int, int, int], draw) -> torch.Tensor:
+    """A random tensor of this shape, whose elements lie as the layout says."""
+    outer, inner, columns = shape
+    if layout == "rows repeat":  # a bias
+        return draw(columns).expand(shape)
+    if layout == "columns repeat":  # a scale for each row
+        return draw(outer, inner, 1).expand(shape)
+    if layout == "outer repeats":  # several samples of one batch
+        return draw(inner, columns).expand(shape)
+    if layout == "inner repeats":
+        return draw(outer, 1, columns).expand(shape)
+    if layout == "scalar":
+        return draw(1).expand(shape)
+    if layout == "transposed":
+        return draw(outer, columns, inner).transpose(1, 2)
+    if layout == "sliced":  # rows that do not begin aligned
+        return draw(outer, inner, columns + 3)[..., :columns]
+    if layout == "sliced aligned":
+        return draw(outer, inner, columns + 16)[..., :columns]
+    if layout == "every other":
+        return draw(outer, inner, 2 * columns)[..., ::2]
+    if layout == "swapped":  # [inner, outer, columns] in memory
+        return draw(inner, outer, columns).transpose(0, 1)
+    return draw(*shape)
+
+
+LAYOUTS = (
+    *("rows repeat", "columns repeat", "outer repeats", "inner repeats", "scalar"),
+    *("transposed", "sliced", "sliced aligned", "every other", "swapped", "dense"),
+)
+
+
+def random_case(
+    formula: str, dtype: torch.dtype, shape: tuple[int, int, int], seed: int, layouts
+) -> Case:
+    spec, rng = FORMULAS[formula], np.random.default_rng(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.from_numpy(rng.uniform(-2, 2, size)).to(dtype)
+
+    return Case(
+        formula,
+        [laid_out(rng.choice(layouts), shape, draw) for _ in range(spec.inputs)],
+        torch.from_numpy(rng.uniform(-1, 1, shape[0] * shape[1])) if spec.row_input else None,
+        key=tuple(rng.integers(2**64, size=2, dtype=np.uint64).tolist()),
+        wanted=-1 if rng.random() < 0.7 else int(rng.integers(16)),
+        offsets=rng.choice([0, 0, 0, 1, 2, 3], 6).tolist() if rng.random() < 0.5 else [0] * 6,
+        lend_partial_sums=bool(rng.integers(2)),
+        highest_first=bool(rng.integers(2)),
+        most_blocks=int(rng.choice([1, 3, 2**31 - 1])),
+    )
+
+
+# ---- the tests --------------------------------------------------------------------------------
+
+SHAPES = (
+    *((1, 1, 1), (1, 300, 1), (1, 5, 3), (1, 33, 4), (3, 7, 8), (2, 9, 17), (1, 6, 32), (5, 1, 64)),
+    *((1, 3, 127), (2, 2, 256), (1, 3, 259), (1, 2, 784), (3, 1, 1030), (1, 2, 2048), (1, 1, 4099)),
+    *((1, 3, 0), (0, 4, 5), (1, 0, 0)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_formula(program: Path, formula: str, dtype: torch.dtype) -> None:
+    cases = [random_case(formula, dtype, shape, i, ("dense",)) for i, shape in enumerate(SHAPES)]
+    cases += [
+        random_case(formula, dtype, shape, 100 + i, LAYOUTS) for i, shape in enumerate(SHAPES)
+    ]
+    for case, result in zip(cases, run(program, *cases), strict=False):
+        check(case, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_every_layout(program: Path, dtype: torch.dtype) -> None:
+    shapes = ((2, 3, 16), (2, 3, 13), (3, 1, 300))
+    cases = [
+        random_case("ReparameterizeKl.Forward", dtype, shape, i, (layout,))
+        for i, layout in enumerate(LAYOUTS)
+        for shape in shapes
+    ]
+    for case, result in zip(cases, run(program, *cases), strict=False):
+        check(case, result)
+
+
+@pytest.mark.parametrize("columns", [5, 32, 784, 40_000])
+def test_schedule_does_not_matter(program: Path, columns: int) -> None:
+    """Bitwise: the order of threads, and how many blocks share the work."""
+    results = []
+    for highest_first in (False, True):
+        for most_blocks in (1, 3, 2**31 - 1):
+            case = random_case(
+                "ReparameterizeKl.Forward", torch.float32, (1, 5, columns), 7, ("dense",)
+            )
+            case.highest_first, case.most_blocks = highest_first, most_blocks
+            case.wanted, case.lend_partial_sums = -1, True
+            results.append(run(program, case)[0])
+    check(case, results[0])
+    for (z,), kl in results:
+        assert torch.equal(z, results[0][0][0])
+        assert torch.equal(kl, results[0][1])
+
+
+@pytest.mark.parametrize("lend", [False, True], ids=("one block", "segments"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_row_sums_stay_accurate(program: Path, dtype: torch.dtype, lend: bool) -> None:
+    """3e-7 over a million terms of one sign, whichever way the row is shared out."""
+    columns = 1_000_003
+    rng = np.random.default_rng(0)
+    inputs = [torch.from_numpy(rng.uniform(-2, 2, (1, 1, columns))).to(dtype) for _ in range(2)]
+    case = Case("StandardGaussianKl.Forward", inputs, lend_partial_sums=lend)
+    ((_, kl),) = run(program, case)
+    expected = standard_kl(*[x.double() for x in inputs]).sum().item()
+    assert abs(kl.item() / expected - 1) < (1e-14 if dtype == torch.float64 else 3e-7)
+
+
+@pytest.mark.parametrize("offset", [0, 12345, 2**32 - 2, 2**64 - 1])
+@pytest.mark.parametrize("seed", [0, 42, 2**64 - 3])
+def test_philox_words(program: Path, seed: int, offset: int) -> None:
+    header = struct.pack("<32s17Q", b"philox", 0, 1, 1, 8, *[0] * 11, seed, offset)
+    done = subprocess.run([program], input=header, capture_output=True, check=True)
+    assert np.array_equal(
+        np.frombuffer(done.stdout, np.uint32).reshape(-1, 4), words((seed, offset), 0, 8)
+    )
+
+
+def test_reference_philox() -> None:
+    """The known answers that come with the paper's code (Random123, kat_vectors)."""
+    counter = [0] * 4, [0xFFFFFFFF] * 4, [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    key = (0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0xA4093822, 0x299F31D0)
+    answer = (
+        [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8],
+        [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    )
+    for c, k, a in zip(counter, key, answer, strict=False):
+        assert philox(np.array([c], np.uint64), k).tolist() == [a]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("key", [(1, 0), (7, 2**32 - 30), (2**63 + 5, 2**64 - 30)], ids=str)
+def test_noise(program: Path, key: tuple[int, int], dtype: torch.dtype) -> None:
+    """mu = log_var = 0 leaves the noise: a few ulp, also where the counter carries."""
+    zeros = torch.zeros(1, dtype=dtype).expand(1, 7, 33)
+    (((z,), _),) = run(program, Case("Reparameterize.Forward", [zeros, zeros], key=key))
+    expected = normals(key, 0, 7 * 33, dtype).reshape(1, 7, 33)
+    ulp = torch.finfo(dtype).eps
+    reference = 16 * torch.finfo(torch.float64).eps  # is no more exact than that
+    assert ((z - expected).abs() <= 4 * ulp * expected.abs() + reference).all()
+
+
+def test_more_than_two_to_the_31_elements(program: Path) -> None:
+    """Only the last block of the grid runs, into outputs of 12 GB that are never all touched."""
+    shape, tail = (1, 3, 2**30), 1024
+    last = dict(only_block=2**16 - 1, virtual_bytes=4 * tail)
+    mu, log_var = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[[0.5], [0.25], [-1.0]]])
+    noise = Case(
+        "Reparameterize.Forward",
+        [x[:, 2:].expand(shape) for x in (mu, log_var)],
+        key=(3, 4),
+        **last,
+    )
+    rows = Case(
+        "StandardGaussianKl.Backward",
+        [x.expand(shape) for x in (mu, log_var)],
+        torch.ones(3),
+        **last,
+    )
+    ((z,), _), ((grad_mu, grad_log_var), _) = run(program, noise, rows)
+    eps = normals((3, 4), math.prod(shape) - tail, tail, torch.float32)
+    torch.testing.assert_close(z.double(), 3 + math.exp(-0.5) * eps, rtol=1e-6, atol=1e-6)
+    assert (grad_mu == 3).all()
+    torch.testing.assert_close(grad_log_var, torch.full((tail,), math.expm1(-1) / 2))
+
+
+# ---- tests of the tests -----------------------------------------------------------------------
+
+
+def test_address_sanitizer_is_on(program: Path) -> None:
+    """One element missing at the end of an input, in a pack and beyond one, is noticed."""
+    for columns in (64, 65):
+        case = random_case(
+            "StandardGaussianKl.Forward", torch.float32, (1, 3, columns), 1, ("dense",)
+        )
+        case.missing, case.offsets = 1, [0] * 6
+        with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+            run(program, case)
+
+
+MUTANTS = {
+    "none": ("", ""),
+    "no barrier before the sum is read": (
+        "if (lane == 0) partial[warp] = x;\n  __syncthreads();",
+        "if (lane == 0) partial[warp] = x;",
+    ),
+    "no barrier before the next row": ("__syncthreads();  // the next", "// the next"),
+    "the ends of rows not masked": ("slot.has(quad + i) ?", "true ?"),
+    "a shuffle too few": ("int step = width / 2;", "int step = width / 4;"),
+}
+
+
+@pytest.fixture(scope="session")
+def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The engine with one line changed each, and one formula of it."""
+    folder = tmp_path_factory.mktemp("mutants")
+
+    def mutate(index: int, old: str, new: str) -> Path:
+        csrc = folder / str(index) / "csrc"
+        shutil.copytree(ROOT / "csrc", csrc)
+        engine = csrc / "rows.cuh"
+        text = engine.read_text()
+        assert text.count(old) == 1 or not old, f"rows.cuh has changed: {old!r}"
+        engine.write_text(text.replace(old, new) if old else text)
+        source = csrc / "mutant.cu"
+        source.write_text(
+            '#include "likelihood.h"\n#include "rows.cuh"\n'
+            "namespace fastvae::cuda { FASTVAE_INSTANTIATE(BernoulliLogProb) }\n"
+        )
+        return build(csrc.parent, [source], csrc, ["-O0", "-Wno-error"])
+
+    with ThreadPoolExecutor(2) as pool:
+        built = [pool.submit(mutate, i, *change) for i, change in enumerate(MUTANTS.values())]
+        return dict(zip(MUTANTS, (future.result() for future in built), strict=False))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(mutants: dict[str, Path], name: str) -> None:
+    caught = False
+    for highest_first in (False, True):
+        for columns in (50, 1001):
+            case = random_case(
+                "BernoulliLogProb.Forward", torch.float32, (1, 5, columns), 3, ("dense",)
+            )
+            case.highest_first, case.most_blocks = highest_first, 1
+            try:
+                check(case, run(mutants[name], case)[0])
+            except AssertionError:
+                caught = True
+    assert caught == (name != "none")
