@@ -8,5 +8,6 @@ FASTVAE_INSTANTIATE(Reparameterize)
 FASTVAE_INSTANTIATE(StandardGaussianKl)
 FASTVAE_INSTANTIATE(ReparameterizeKl)
 FASTVAE_INSTANTIATE(GaussianKl)
+FASTVAE_INSTANTIATE(GaussianLogProb)
 
 }  // namespace fastvae::cuda

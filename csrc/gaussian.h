@@ -95,4 +95,28 @@ struct GaussianKl {
   }
 };
 
+// log N(x; mu, e^log_var) = -(log 2 pi + log_var + (x - mu)^2 e^-log_var) / 2
+struct GaussianLogProb {
+  static constexpr double kLog2Pi = 1.837877066409345483560659472811;
+
+  struct Forward : Formula<Shape{.inputs = 3, .row_sums = 1}> {
+    template <class T>
+    static FASTVAE_HD Values<T, 1> eval(T x, T mu, T log_var) {
+      const T score = (x - mu) * GaussianKl::inverse_sigma(log_var);
+      const T finite_log_var = math::max(-GaussianKl::largest<T>(), log_var);  // not -inf + inf
+      return {{T(-0.5) * (T(kLog2Pi) + finite_log_var + score * score)}};
+    }
+  };
+
+  struct Backward : Formula<Shape{.inputs = 3, .row_inputs = 1, .outputs = 3}> {
+    template <class T>
+    static FASTVAE_HD Values<T, 3> eval(T x, T mu, T log_var, T grad) {
+      const T precision_root = GaussianKl::inverse_sigma(log_var);
+      const T score = (x - mu) * precision_root;
+      const T grad_mu = grad * (score * precision_root);
+      return {{-grad_mu, grad_mu, grad * (T(0.5) * (score * score - T(1)))}};
+    }
+  };
+};
+
 }  // namespace fastvae

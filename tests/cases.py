@@ -6,6 +6,7 @@ they must be and why, what a user would write by hand, and which sizes are worth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,11 @@ def _eager_gaussian_kl(
     return 0.5 * (log_var_p - log_var_q + ratio + square - 1).sum(-1)
 
 
+def _eager_gaussian_log_prob(x: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
+    square = (x - mu).pow(2) / log_var.exp()
+    return -0.5 * (math.log(2 * math.pi) + log_var + square).sum(-1)
+
+
 def _eager_bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     return -bce(logits, x.expand_as(logits), reduction="none").sum(-1)
@@ -196,6 +202,16 @@ CASES: tuple[Case, ...] = (
         bench=((1024, 512),),
         bytes_forward=4,
         bytes_full=12,
+    ),
+    Case(
+        op="gaussian_log_prob",
+        inputs=(Input("x", data=True), Input("mu"), Input("log_var")),
+        outputs=("row",),
+        eager=_eager_gaussian_log_prob,
+        distributions=lambda x, mu, log_var: _normal(mu, log_var).log_prob(x).sum(-1),
+        bench=((128, 784), (4096, 256), (65536, 256)),
+        bytes_forward=3,
+        bytes_full=8,
     ),
     Case(
         op="bernoulli_log_prob",

@@ -232,6 +232,10 @@ def gaussian_kl(m, v, p, w):
     return (torch.expm1(v - w) - (v - w) + (m - p) ** 2 * torch.exp(-w)) / 2
 
 
+def gaussian_log_prob(x, m, v):
+    return -(math.log(2 * math.pi) + v + (x - m) ** 2 * torch.exp(-v)) / 2
+
+
 def standard_kl(m, v):
     return (m**2 + torch.expm1(v) - v) / 2
 
@@ -279,6 +283,22 @@ FORMULAS = {
         ),
         4,
         outputs=4,
+        row_input=True,
+    ),
+    "GaussianLogProb.Forward": Formula(
+        lambda x, m, v: ([], gaussian_log_prob(x, m, v)), 3, row_sum=True
+    ),
+    "GaussianLogProb.Backward": Formula(
+        lambda x, m, v, g: (
+            [
+                g * (m - x) * torch.exp(-v),
+                g * (x - m) * torch.exp(-v),
+                g * ((x - m) ** 2 * torch.exp(-v) - 1) / 2,
+            ],
+            None,
+        ),
+        3,
+        outputs=3,
         row_input=True,
     ),
     "BernoulliLogProb.Forward": Formula(

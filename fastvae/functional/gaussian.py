@@ -8,11 +8,12 @@ from torch import Generator, Tensor
 from .. import random
 from .route import op
 
-__all__ = ["gaussian_kl", "reparameterize", "reparameterize_kl"]
+__all__ = ["gaussian_kl", "gaussian_log_prob", "reparameterize", "reparameterize_kl"]
 
 _reparameterize = op("reparameterize")
 _reparameterize_kl = op("reparameterize_kl")
 _gaussian_kl = op("gaussian_kl")
+_gaussian_log_prob = op("gaussian_log_prob")
 
 
 def _check_num_samples(op: str, num_samples: int) -> None:
@@ -132,3 +133,29 @@ def gaussian_kl(
     tensor([1.])
     """
     return _gaussian_kl(mu_q, log_var_q, mu_p, log_var_p)
+
+
+def gaussian_log_prob(x: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
+    r"""Log-density of a diagonal Gaussian, summed over the last dimension.
+
+    .. math::
+        \log N(x; \mu, \sigma^2) = -\tfrac12 \sum_d
+        \log 2\pi + \log\sigma_d^2 + (x_d - \mu_d)^2 e^{-\log\sigma_d^2}
+
+    Args:
+        x, mu, log_var: ``[..., D]``, broadcast together; what is broadcast is not copied, so ``x``
+            may be shared by samples of ``mu`` along leading dimensions.
+
+    Returns:
+        Nats per row, ``[...]``; float32 for half types.
+
+    Raises:
+        TypeError: if a dtype is not floating, or they differ.
+        ValueError: if the shapes do not broadcast.
+
+    Paper: Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014, appendix C.2.
+
+    >>> fastvae.gaussian_log_prob(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
+    tensor([-1.8379])
+    """
+    return _gaussian_log_prob(x, mu, log_var)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import random
 
-__all__ = ["gaussian_kl", "reparameterize", "reparameterize_kl"]
+__all__ = ["gaussian_kl", "gaussian_log_prob", "reparameterize", "reparameterize_kl"]
 
 
 def _compute(*tensors: Tensor) -> list[Tensor]:
@@ -50,3 +52,10 @@ def gaussian_kl(
     mu_p, log_var_p = _compute(mu_p, log_var_p)
     score = (mu_q - mu_p) * _inverse_sigma(log_var_p)
     return (0.5 * (score * score + _expm1_minus(log_var_q - log_var_p))).sum(-1)
+
+
+def gaussian_log_prob(x: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
+    x, mu, log_var = _compute(x, mu, log_var)
+    score = (x - mu) * _inverse_sigma(log_var)
+    log_var = log_var.clamp(min=torch.finfo(log_var.dtype).min)  # not -inf + inf
+    return (-0.5 * (math.log(2.0 * math.pi) + log_var + score * score)).sum(-1)
