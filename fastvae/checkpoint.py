@@ -1,0 +1,148 @@
+"""Checkpoints: ONE safetensors file that holds all that a run needs to go on.
+
+Tensors are named ``model.*``, ``optimizer.*``, ``generator`` (the state of the random generator)
+and ``order`` (the epoch's permutation of the training images). One metadata entry, ``fastvae``, is
+JSON: which model, which data, which settings, and how far the run is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import files, models
+from .extras import require
+
+__all__ = ["Checkpoint", "CheckpointError", "Header", "Settings", "read", "read_model", "write"]
+
+_FORMAT = 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; one sentence says which, what is wrong, and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the course of a run; a resumed run keeps them."""
+
+    data: str = "digits"
+    batch_size: int = 100
+    lr: float = 2e-3
+    clip_norm: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """The JSON of a checkpoint."""
+
+    model: str
+    config: dict[str, Any]
+    image_shape: tuple[int, int]
+    settings: Settings
+    device: str  # the kind that drew the noise: a generator's state fits only its own kind
+    step: int
+    batch: int  # minibatches done of the epoch that ``order`` shuffles
+    epoch: int  # epochs done
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A header and its tensors."""
+
+    path: Path
+    header: Header
+    tensors: dict[str, Tensor]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors called ``<name>.*``, without the prefix."""
+        prefix = name + "."
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    def build_model(self) -> models.Model:
+        """The model with its weights.
+
+        Raises:
+            CheckpointError: if they do not fit together.
+        """
+        try:
+            model = models.build(self.header.model, self.header.config)
+            model.load_state_dict(self.part("model"))
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.path} does not fit this fastvae ({reason}); train the model again"
+            ) from error
+        return model
+
+
+def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
+    """Write a checkpoint so that a crash leaves the previous one whole.
+
+    Raises:
+        OSError: if it cannot be written.
+        MissingExtraError: without safetensors.
+    """
+    metadata = {"fastvae": json.dumps({"format": _FORMAT, **asdict(header)})}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    files.write_atomically(path, require("safetensors.torch").save(plain, metadata))
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: if the file is missing, cut short, damaged, or not one of fastvae's.
+        MissingExtraError: without safetensors.
+    """
+    safetensors = require("safetensors")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file; pass a checkpoint that fastvae train wrote")
+    try:
+        with safetensors.safe_open(path, "pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({error}); use an older copy, or train again"
+        ) from error
+    if "fastvae" not in metadata:
+        raise CheckpointError(
+            f"{path} is a safetensors file of another program; "
+            "pass a checkpoint that fastvae train wrote"
+        )
+    try:
+        header = _parse(json.loads(metadata["fastvae"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} has a header that this fastvae cannot read ({error}); "
+            "use the fastvae that wrote it, or train again"
+        ) from error
+    return Checkpoint(path, header, tensors)
+
+
+def read_model(path: Path) -> models.Model:
+    """The model of a checkpoint, on the CPU, in eval mode.
+
+    >>> model = fastvae.checkpoint.read_model(Path("runs/vae-digits/checkpoint.safetensors"))
+    >>> images = model.sample(4)
+    """
+    return read(path).build_model().eval()
+
+
+def _parse(values: dict[str, Any]) -> Header:
+    version = values.pop("format")
+    if version != _FORMAT:
+        raise ValueError(f"format {version}, not {_FORMAT}")
+    missing = {field.name for field in fields(Header)} - values.keys()
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))}")
+    values["settings"] = Settings(**values["settings"])
+    height, width = values["image_shape"]
+    values["image_shape"] = (int(height), int(width))
+    return Header(**values)

@@ -1,0 +1,355 @@
+"""The command line: ``fastvae train``, ``sample``, ``demo`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import fastvae
+
+from . import checkpoint, data, demo, functional, models, pictures, train
+from .checkpoint import CheckpointError, Settings
+from .data import DataError
+from .extras import MissingExtraError, require
+
+__all__ = ["main"]
+
+_EXIT = """\
+exit codes:
+  0    done
+  2    something is wrong with an option, the data or a checkpoint; one sentence says what
+  3    training diverged: the loss became NaN or infinite
+  130  stopped by Ctrl-C; training then writes its checkpoint and says how to go on
+"""
+_CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "picture.png"
+
+
+class _UsageError(Exception):
+    """The options do not make sense together."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence instead of the usage and a sentence."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _number(
+    kind: Callable[[str], float], rule: str, valid: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """An argparse type: a ``kind`` that is ``valid``, or the message "must be ``rule``"."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not valid(value):  # false for NaN too
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+        return value
+
+    return parse
+
+
+_MOST = 1_000_000  # of anything counted here; more is a slip of the finger, and ends in no memory
+_count = _number(int, f"an integer from 1 to {_MOST:,}", lambda n: 1 <= n <= _MOST)
+_count_or_zero = _number(int, f"an integer from 0 to {_MOST:,}", lambda n: 0 <= n <= _MOST)
+_image_count = _number(int, "an integer from 1 to 10,000", lambda n: 1 <= n <= 10_000)
+_width = _number(int, "an integer from 1 to 65,536", lambda n: 1 <= n <= 65_536)
+_seed = _number(int, "an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
+_positive = _number(float, "a positive number", lambda x: 0 < x < math.inf)
+
+
+def _widths(text: str) -> list[int]:
+    return [int(_width(width)) for width in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="fastvae",
+        description="Train and try models made of fastvae's fused kernels.",
+        epilog=_EXIT,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"fastvae {fastvae.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train_parser = commands.add_parser(
+        "train",
+        help="train a model, score it on the test set and draw what it has learnt",
+        description="Train a model, score it on the test set and draw what it has learnt.",
+        epilog=_EXIT,
+        formatter_class=raw,
+    )
+    train_parser.set_defaults(run=_train)
+    train_parser.add_argument("model", choices=list(models.MODELS), help="which model")
+    default = Settings()
+    add = train_parser.add_argument_group("data").add_argument
+    add("--data", choices=list(data.DATASETS), help=f"default: {default.data}")
+    add("--root", type=Path, help="folder of the data sets; default: $FASTVAE_DATA or the cache")
+    add("--download", action="store_true", help="fetch the files first (mnist only)")
+    add = train_parser.add_argument_group(
+        "what decides the course; a resumed run keeps it"
+    ).add_argument
+    add("--batch-size", type=_count, metavar="N", help=f"default: {default.batch_size}")
+    add("--lr", type=_positive, help=f"Adam's first learning rate; default: {default.lr:g}")
+    add("--clip-norm", type=_positive, metavar="X", help="clip gradients; default: off")
+    add("--latent-dim", type=_width, metavar="N", help="size of z; default: 50")
+    add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
+    add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
+    add = train_parser.add_argument_group("how long, where, and what comes out").add_argument
+    add(
+        "--epochs",
+        type=_count,
+        metavar="N",
+        help="in all; default: 100, or no limit with --minutes",
+    )
+    add("--minutes", type=_positive, metavar="X", help="of training in this call")
+    add("--device", help="cpu or cuda; default: cuda where fastvae has kernels for it")
+    add("--out", type=Path, metavar="DIR", help="default: runs/MODEL-DATA")
+    add("--resume", action="store_true", help=f"go on from DIR/{_CHECKPOINT}")
+    add(
+        "--importance-samples",
+        type=_count_or_zero,
+        default=128,
+        metavar="K",
+        help="of the test log-likelihood; 0 leaves it out; default: 128",
+    )
+
+    sample_parser = commands.add_parser(
+        "sample",
+        help="draw images from a trained model",
+        description="Draw images from a trained model.",
+    )
+    sample_parser.set_defaults(run=_sample)
+    sample_parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint that fastvae train wrote"
+    )
+    sample_parser.add_argument("-n", type=_image_count, default=100, help="default: 100")
+    sample_parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
+    sample_parser.add_argument("--out", type=Path, metavar="PNG", default=Path("samples.png"))
+
+    demo_parser = commands.add_parser(
+        "demo",
+        help="a short training, its picture, and its speed against eager PyTorch",
+        description="A short training, its picture, and its speed against eager PyTorch, in about "
+        "a minute: on binarized_mnist where the data folder has it, else on digits.",
+    )
+    demo_parser.set_defaults(run=_demo)
+    demo_parser.add_argument("--root", type=Path, help="folder of the data sets")
+    demo_parser.add_argument(
+        "--minutes", type=_positive, metavar="X", default=0.6, help="of training"
+    )
+    demo_parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"))
+
+    info_parser = commands.add_parser(
+        "info",
+        help="versions, instruction set, threads, CUDA, and the path of every op",
+        description="Versions, instruction set, threads, CUDA, and the path of every op.",
+    )
+    info_parser.set_defaults(run=_info)
+    return parser
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        cuda = torch.cuda.is_available() and fastvae.build_info()["cuda"]
+        return "cuda" if cuda else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise _UsageError(f"--device must be cpu or cuda, got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise _UsageError(f"--device {name} needs a GPU, and torch {torch.__version__} sees none")
+    path = fastvae.route("reparameterize_kl", name)
+    if path.startswith("none"):
+        raise _UsageError(
+            f"--device {name} has no kernels: {path.removeprefix('none').strip(' ()')}"
+        )
+    return name
+
+
+def _check_same(args: argparse.Namespace, header: checkpoint.Header) -> None:
+    """Options that were given must be those of the run that goes on."""
+    stored = {"model": header.model, **header.config, **vars(header.settings)}
+    for name in ("model", "data", "batch_size", "lr", "clip_norm", "seed", "latent_dim", "hidden"):
+        given = getattr(args, name)
+        if given is not None and given != stored.get(name):
+            option = name if name == "model" else "--" + name.replace("_", "-")
+            raise _UsageError(
+                f"{option} {given} is not the {stored.get(name)} of the run in {args.out}; "
+                "leave it out, or start a new run with another --out"
+            )
+
+
+def _train(args: argparse.Namespace, argv: list[str]) -> int:
+    for package in ("safetensors", "tqdm", "matplotlib"):  # known now, not after the training
+        require(package)
+    if args.out is None:
+        args.out = Path("runs") / f"{args.model}-{args.data or Settings.data}"
+    path = args.out / _CHECKPOINT
+    header = None
+    if args.resume:
+        header = checkpoint.read(path).header
+        _check_same(args, header)
+        args.data = header.settings.data
+    elif path.exists():
+        raise _UsageError(f"{path} exists; pass --resume to go on with it, or another --out")
+    given = ("data", "batch_size", "lr", "clip_norm", "seed")
+    settings = Settings(**{k: v for k in given if (v := getattr(args, k)) is not None})
+    device = _device(args.device or (header.device if header else None))
+    if args.download:
+        if settings.data != "mnist":
+            raise _UsageError(f"--download fetches mnist only, not {settings.data}")
+        print(f"mnist is in {data.download_mnist(args.root)}")
+    dataset = data.load(settings.data, args.root)
+    if header:
+        trainer = train.Trainer.resume(path, dataset, device)
+    else:
+        config = {k: v for k in ("latent_dim", "hidden") if (v := getattr(args, k)) is not None}
+        trainer = train.Trainer(args.model, config, dataset, settings, device)
+    epochs = args.epochs or (None if args.minutes else 100)
+    again = [*argv, *["--resume"] * (not args.resume)]
+    return _run(trainer, args.out, epochs, args.minutes, args.importance_samples, again)
+
+
+def _run(
+    trainer: train.Trainer,
+    out: Path,
+    epochs: int | None,
+    minutes: float | None,
+    importance_samples: int,
+    again: list[str],
+) -> int:
+    """Train, score and draw; ``again`` is the command line that goes on after a Ctrl-C."""
+    dataset, path = trainer.data, out / _CHECKPOINT
+    height, width = dataset.image_shape
+    threads = torch.get_num_threads()
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"{trainer.name} with {parameters:,} parameters on {dataset.name}: {len(dataset.train):,} "
+        f"train, {len(dataset.valid):,} valid and {len(dataset.test):,} test images of "
+        f"{height}x{width}\n"
+        f"{trainer.device}, {threads} thread{'s' * (threads > 1)}, "
+        f"{fastvae.route('reparameterize_kl', trainer.device.type)}"
+        + (f"; going on after step {trainer.step}" if trainer.step else "")
+    )
+    try:
+        if train.fit(trainer, path, epochs=epochs, minutes=minutes):
+            _report(trainer, out, importance_samples)
+            return 0
+        print(f"\nstopped after step {trainer.step} (epoch {trainer.epoch + 1}), wrote {path}")
+    except train.TrainingDiverged as error:
+        print(f"fastvae: {error}; the last good checkpoint is {path}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:  # while scoring, or for the second time
+        print("\nstopped")
+    print(f"go on with: {shlex.join(['fastvae', *again])}")
+    return 130
+
+
+def _report(trainer: train.Trainer, out: Path, importance_samples: int) -> None:
+    """Score and draw what has been trained."""
+    dataset = trainer.data
+    trainer.model.eval()
+    evaluation = train.evaluate(trainer.model, dataset, importance_samples, trainer.device)
+    print(f"\n{evaluation}\n")
+    title = f"{trainer.name} on {dataset.name} after {trainer.epoch} epochs: "
+    title += f"test ELBO {evaluation.elbo:.2f} nats"
+    train.picture(out / _PICTURE, trainer.model, dataset, title, trainer.device)
+    train.save_results(out / _RESULTS, trainer, evaluation)
+    for label, name in (("picture", _PICTURE), ("results", _RESULTS), ("checkpoint", _CHECKPOINT)):
+        print(f"{label:<11} {out / name}")
+
+
+def _sample(args: argparse.Namespace, argv: list[str]) -> int:
+    stored = checkpoint.read(args.checkpoint)
+    model = stored.build_model().eval()
+    generator = torch.Generator().manual_seed(args.seed)
+    header, images = stored.header, model.sample(args.n, generator=generator)
+    title = f"{args.n} samples of {header.model} on {header.settings.data}"
+    columns = math.ceil(math.sqrt(args.n * header.image_shape[0] / header.image_shape[1]))
+    pictures.save(args.out, title, [(f"seed {args.seed}", images)], header.image_shape, columns)
+    print(args.out)
+    return 0
+
+
+def _demo(args: argparse.Namespace, argv: list[str]) -> int:
+    for package in ("safetensors", "tqdm", "matplotlib"):
+        require(package)
+    there = (data.data_root(args.root) / "binarized_mnist").is_dir()
+    dataset = data.load("binarized_mnist" if there else "digits", args.root)
+    trainer = train.Trainer("vae", {}, dataset, Settings(data=dataset.name))
+    epochs = None if there else 300
+    again = ["train", trainer.name, "--out", str(args.out), "--data", dataset.name, "--resume"]
+    again += ["--root", str(args.root)] if args.root else []
+    code = _run(trainer, args.out, epochs, args.minutes, 32, again)
+    if code:
+        return code
+    x = dataset.batch(torch.arange(trainer.settings.batch_size))
+    assert isinstance(trainer.model, models.VAE)
+    print("\nspeed against eager PyTorch (medians; in brackets the quartiles of the ratio)")
+    print(demo.compare_training_step(trainer.model, x))
+    print(demo.compare_elbo_terms(trainer.model, x))
+    return 0
+
+
+def _info(args: argparse.Namespace, argv: list[str]) -> int:
+    info = fastvae.build_info()
+    torch_built = f" (built with {info['torch_built']})" if info["torch_built"] else ""
+    root = data.data_root()
+    found = [name for name in data.DATASETS if name == "digits" or (root / name).is_dir()]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU in sight"
+    rows = [
+        ("fastvae", f"{info['version']}, {'compiled' if info['compiled'] else 'not compiled'}"),
+        ("torch", f"{info['torch']}{torch_built}"),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("cpu level", str(info["isa"])),
+        ("threads", str(info["threads"])),
+        ("cuda", f"{'kernels built' if info['cuda'] else 'no kernels built'}, {gpu}"),
+        ("data", f"{root} ({', '.join(found)})"),
+    ]
+    if info["reason"]:
+        rows.append(("reason", str(info["reason"])))
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for op in functional.__all__:
+        paths = (f"{device}: {fastvae.route(op, device)}" for device in devices)
+        rows.append((op, ", ".join(paths).replace(f" ({info['reason']})", "")))  # said above
+    print("\n".join(f"{name:<20} {value}" for name, value in rows))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code that ``fastvae --help`` explains.
+
+    >>> main(["train", "vae", "--epochs", "20"])  # doctest: +SKIP
+    0
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args, argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nfastvae: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `fastvae info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 0
+    except (_UsageError, DataError, CheckpointError, MissingExtraError) as error:
+        print(f"fastvae: {error}", file=sys.stderr)
+    except OSError as error:  # a folder that is a file, a full disk
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"fastvae: {place}{error.strerror or error}; pass another --out", file=sys.stderr)
+    return 2

@@ -1,0 +1,83 @@
+"""What every model of fastvae offers to training, evaluation and pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..functional import bernoulli_log_prob, gaussian_log_prob
+
+__all__ = ["LIKELIHOODS", "Elbo", "Likelihood", "Model"]
+
+
+class Elbo(NamedTuple):
+    """The evidence lower bound and its terms, in nats per example: ``elbo = recon - kl``."""
+
+    elbo: Tensor
+    recon: Tensor
+    kl: Tensor
+
+
+class Likelihood(NamedTuple):
+    """A family p(x | z) of x in [0, 1], whose parameters are made of a decoder's outputs."""
+
+    heads: int  # outputs per pixel
+    link: Callable[..., tuple[Tensor, ...]]  # (*outputs) -> parameters
+    log_prob: Callable[..., Tensor]  # (x, *parameters) -> nats per row
+    mean: Callable[..., Tensor]  # (*parameters) -> E[x | z]
+
+
+def _bernoulli_link(logits: Tensor) -> tuple[Tensor]:
+    return (logits,)
+
+
+def _gaussian_link(logits: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+    # Means confined to (0, 1), as in Kingma & Welling, keep samples away from z of the data sane.
+    return torch.sigmoid(logits), log_var
+
+
+def _gaussian_mean(mu: Tensor, log_var: Tensor) -> Tensor:
+    return mu
+
+
+LIKELIHOODS = {
+    "bernoulli": Likelihood(1, _bernoulli_link, bernoulli_log_prob, torch.sigmoid),
+    "gaussian": Likelihood(2, _gaussian_link, gaussian_log_prob, _gaussian_mean),
+}
+
+
+class Model(nn.Module, ABC):
+    """A model of images ``[B, D]`` with latent variables.
+
+    Attributes:
+        config: the arguments that build it again, as JSON can hold them.
+    """
+
+    config: dict[str, Any]
+
+    @abstractmethod
+    def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
+        """A one-sample estimate of the evidence lower bound of each row of ``x``."""
+
+    @abstractmethod
+    def log_likelihood(
+        self,
+        x: Tensor,
+        num_samples: int = 128,
+        chunk: int = 16,
+        *,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """An importance-sampled estimate of log p(x), in nats, ``[B]``."""
+
+    @abstractmethod
+    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
+        """``n`` images from the model, ``[n, D]``."""
+
+    @abstractmethod
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Each image decoded again from what the model keeps of it, ``[B, D]``."""

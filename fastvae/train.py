@@ -1,0 +1,401 @@
+"""The training loop: Adam on minibatches of the ELBO, stoppable at any step and resumable from it.
+
+A run is a function of its :class:`Settings` and the model's config. All randomness (the order of
+the images, dynamic binarization, the noise of z) comes from one generator, whose state is in the
+checkpoint: a run that was stopped and resumed takes, on the same CPU and number of threads,
+bitwise the same course as one that was not. Evaluation draws from a generator of its own and
+disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+import fastvae
+
+from . import checkpoint, files, models, pictures
+from .checkpoint import CheckpointError, Header, Settings
+from .data import Dataset
+from .extras import require
+
+__all__ = [
+    "Evaluation",
+    "Trainer",
+    "TrainingDiverged",
+    "evaluate",
+    "fit",
+    "picture",
+    "save_results",
+]
+
+_EVALUATION_SEED = 20140416
+_CHECKPOINT_SECONDS = 30.0
+
+
+class TrainingDiverged(Exception):  # noqa: N818, it says what happened
+    """The loss is NaN or infinite; the message names the step and what to try."""
+
+
+def learning_rate(lr: float, epoch: int) -> float:
+    """``lr / sqrt(1 + epoch / 10)``.
+
+    It depends on nothing but the epoch, so that a run may be prolonged, by epochs or by minutes,
+    without having known its length.
+    """
+    return lr / math.sqrt(1 + epoch / 10)
+
+
+class Trainer:
+    """A model in training: everything that changes from step to step, and how to store it.
+
+    Attributes:
+        step: steps done.
+        epoch: epochs done.
+        batch: steps done of the epoch in progress.
+
+    >>> data = fastvae.data.load("digits")
+    >>> trainer = Trainer("vae", {"latent_dim": 8, "hidden": [64]}, data, Settings(lr=3e-3))
+    >>> for _ in range(100):
+    ...     elbo, recon, kl = trainer.train_step()
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: dict[str, Any],
+        data: Dataset,
+        settings: Settings,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.name, self.settings = model, settings
+        self.device = torch.device(device)
+        self.data = data.to(self.device)
+        with torch.random.fork_rng(devices=[]):  # initialize on the CPU: the same on every device
+            torch.manual_seed(settings.seed)
+            self.model = models.build(
+                model,
+                {"data_dim": data.train.shape[1], "likelihood": data.likelihood, **config},
+            ).to(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=True)
+        self.generator = Generator(self.device).manual_seed(settings.seed)
+        self.step = self.epoch = self.batch = 0
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def batches(self) -> int:
+        """Steps per epoch."""
+        return math.ceil(len(self.data.train) / self.settings.batch_size)
+
+    def train_step(self) -> tuple[float, float, float]:
+        """One step of Adam; returns the means of the minibatch's ELBO and of its terms.
+
+        Raises:
+            TrainingDiverged: if the loss is NaN or infinite; the weights are as before the step.
+        """
+        if self.batch == 0:
+            self.order = torch.randperm(
+                len(self.data.train), generator=self.generator, device=self.device
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings.lr, self.epoch)
+        start = self.batch * self.settings.batch_size
+        x = self.data.batch(self.order[start : start + self.settings.batch_size], self.generator)
+        self.optimizer.zero_grad()
+        terms = torch.stack([t.mean() for t in self.model.elbo(x, generator=self.generator)])
+        elbo, recon, kl = terms.tolist()  # the one time a step waits for the device
+        if not math.isfinite(elbo):
+            raise self._diverged(
+                self.step + 1,
+                f"the ELBO is {elbo}, of a reconstruction of {recon:.4g} and a KL of {kl:.4g} nats",
+            )
+        torch.autograd.backward(-terms[0])
+        if self.settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        self.batch += 1
+        if self.batch == self.batches:
+            self.batch, self.epoch = 0, self.epoch + 1
+        return elbo, recon, kl
+
+    def _diverged(self, step: int, what: str) -> TrainingDiverged:
+        epoch = math.ceil(step / self.batches)
+        return TrainingDiverged(
+            f"training diverged at step {step} (epoch {epoch}): {what}; lower "
+            f"--lr (now {self.settings.lr:g}), pass --clip-norm 10, and see whether log_var of the "
+            "encoder or the decoder runs away"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            TrainingDiverged: if a weight is NaN or infinite; nothing is written.
+            OSError: if it cannot be written.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):  # a finite loss may have an infinite slope
+                raise self._diverged(self.step, f"weights of {name} are not finite")
+        header = Header(
+            model=self.name,
+            config=self.model.config,
+            image_shape=self.data.image_shape,
+            settings=self.settings,
+            device=self.device.type,
+            step=self.step,
+            batch=self.batch,
+            epoch=self.epoch,
+        )
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        tensors |= {"generator": self.generator.get_state(), "order": self.order}
+        checkpoint.write(path, header, tensors)
+
+    @classmethod
+    def resume(cls, path: Path, data: Dataset, device: torch.device | str = "cpu") -> Trainer:
+        """The trainer that wrote the checkpoint, ready for the next step.
+
+        Raises:
+            CheckpointError: if the checkpoint cannot be read, or was written for other data or
+                on another kind of device.
+        """
+        stored = checkpoint.read(path)
+        header, device = stored.header, torch.device(device)
+        if header.settings.data != data.name:
+            raise CheckpointError(
+                f"{path} was trained on {header.settings.data}, not on {data.name}; "
+                f"pass --data {header.settings.data}, or another --out"
+            )
+        if header.device != device.type:
+            raise CheckpointError(
+                f"{path} was written on {header.device}, whose random numbers {device.type} cannot "
+                f"continue; pass --device {header.device}"
+            )
+        stored.build_model()  # fails with a clear message where header and weights do not fit
+        try:
+            trainer = cls(header.model, header.config, data, header.settings, device)
+            trainer._restore(stored)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} lacks what it takes to go on ({error}); use an older copy, or train again"
+            ) from error
+        return trainer
+
+    def _restore(self, stored: checkpoint.Checkpoint) -> None:
+        header = stored.header
+        self.model.load_state_dict(stored.part("model"))
+        optimizer = stored.part("optimizer")
+        state = {
+            i: {key: optimizer[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for i, (name, _) in enumerate(self.model.named_parameters() if header.step else ())
+        }
+        self.optimizer.load_state_dict(
+            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+        for group in self.optimizer.param_groups:  # of an epoch that began before the checkpoint
+            group["lr"] = learning_rate(self.settings.lr, header.epoch)
+        self.generator.set_state(stored.tensors["generator"])
+        self.order = stored.tensors["order"].to(self.device)
+        self.step, self.batch, self.epoch = header.step, header.batch, header.epoch
+        if self.batch and len(self.order) != len(self.data.train):
+            raise ValueError(f"it shuffles {len(self.order)} images, not {len(self.data.train)}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into an answer, so that a step is never cut; the second one kills."""
+    pressed = threading.Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, previous)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set  # Python delivers signals to the main thread only
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def fit(
+    trainer: Trainer, path: Path, *, epochs: int | None = None, minutes: float | None = None
+) -> bool:
+    """Train until ``epochs`` are done in all, or ``minutes`` have passed in this call.
+
+    Shows a progress bar on a terminal, prints a line after epochs 1, 2, 5, 10, 20, 50 and so on,
+    and writes a checkpoint to ``path`` at the start, after epochs at most twice a minute, at the
+    end, and on Ctrl-C.
+
+    Returns:
+        False if Ctrl-C stopped it: after the step in progress, with the checkpoint written.
+
+    Raises:
+        TrainingDiverged: if the loss is NaN or infinite; the last checkpoint stays as it was.
+        OSError: if a checkpoint cannot be written.
+    """
+    if epochs is None and minutes is None:
+        raise ValueError("fit: epochs or minutes must be given, got neither")
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    last_epoch = math.inf if epochs is None else epochs
+    size = len(trainer.data.train)
+    elbo_sum, kl_sum, seen, saved = 0.0, 0.0, 0, time.monotonic()
+    bar_format = "{l_bar}{bar:20}| {rate_fmt}, {remaining} left{postfix}"
+    if minutes is not None:  # then the end of the bar is not known
+        bar_format = f"{{desc}}{{rate_fmt}}, {{elapsed}} of {minutes:g} min{{postfix}}"
+    trainer.save(path)  # a bad folder is better known now than after an hour
+    bar = require("tqdm").tqdm(
+        total=None if epochs is None else epochs * size,
+        initial=trainer.epoch * size + trainer.batch * trainer.settings.batch_size,
+        unit=" examples",
+        unit_scale=True,
+        disable=None,  # where the output is no terminal
+        dynamic_ncols=True,
+        bar_format=bar_format,
+        leave=False,
+    )
+    with bar, _interruptible() as interrupted:
+        while trainer.epoch < last_epoch and time.monotonic() < deadline and not interrupted():
+            batch_size = trainer.settings.batch_size
+            count = min(batch_size, size - trainer.batch * batch_size)  # the last batch is smaller
+            elbo, _, kl = trainer.train_step()
+            elbo_sum, kl_sum, seen = elbo_sum + count * elbo, kl_sum + count * kl, seen + count
+            means = f"ELBO {elbo_sum / seen:.2f}, KL {kl_sum / seen:.2f}"
+            bar.set_description(f"epoch {trainer.epoch + (trainer.batch > 0)}", refresh=False)
+            bar.set_postfix_str(means, refresh=False)
+            bar.update(count)
+            if trainer.batch:
+                continue
+            if str(trainer.epoch).rstrip("0") in ("1", "2", "5") or trainer.epoch == last_epoch:
+                valid, _, _ = _mean_elbo(trainer.model, trainer.data.valid)
+                bar.write(
+                    f"epoch {trainer.epoch:5d}   train ELBO {elbo_sum / seen:9.2f}   "
+                    f"KL {kl_sum / seen:6.2f}   valid ELBO {valid:9.2f}"
+                )
+            elbo_sum, kl_sum, seen = 0.0, 0.0, 0
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                trainer.save(path)
+                saved = time.monotonic()
+        trainer.save(path)
+        return not interrupted()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on the test set, in nats per image.
+
+    Attributes:
+        elbo, recon, kl: the means over the test set.
+        log_likelihood: the mean importance-sampled log p(x), or None if not asked for.
+        num_samples: K of ``log_likelihood``.
+        images: the number of test images.
+    """
+
+    elbo: float
+    recon: float
+    kl: float
+    log_likelihood: float | None
+    num_samples: int
+    images: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"test ELBO            {self.elbo:9.2f} nats   "
+            f"(reconstruction {self.recon:.2f}, KL {self.kl:.2f})"
+        ]
+        if self.log_likelihood is not None:
+            lines.append(
+                f"test log-likelihood  {self.log_likelihood:9.2f} nats   "
+                f"(importance-sampled, K = {self.num_samples}, all {self.images} images)"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def _mean_elbo(model: models.Model, x: Tensor) -> tuple[float, float, float]:
+    generator = Generator(x.device).manual_seed(_EVALUATION_SEED)
+    sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+    for part in torch.split(x, 500):
+        terms = model.elbo(part.float(), generator=generator)
+        sums += torch.stack([term.double().sum() for term in terms])
+    elbo, recon, kl = (sums / len(x)).tolist()
+    return elbo, recon, kl
+
+
+def evaluate(
+    model: models.Model, data: Dataset, num_samples: int = 128, device: torch.device | str = "cpu"
+) -> Evaluation:
+    """Score a model on the whole test set, with noise of a fixed seed.
+
+    Args:
+        num_samples: K of the importance-sampled log-likelihood; 0 leaves it out.
+
+    >>> print(evaluate(trainer.model, data))
+    test ELBO               -19.94 nats   (reconstruction -11.27, KL 8.67)
+    test log-likelihood     -18.89 nats   (importance-sampled, K = 128, all 200 images)
+    """
+    test = data.test.to(device)
+    elbo, recon, kl = _mean_elbo(model, test)
+    log_likelihood = None
+    if num_samples:
+        generator = Generator(test.device).manual_seed(_EVALUATION_SEED)
+        bar = require("tqdm").tqdm(
+            torch.split(test, 100), desc="log-likelihood", disable=None, leave=False
+        )
+        log_p = [model.log_likelihood(x.float(), num_samples, generator=generator) for x in bar]
+        log_likelihood = float(torch.cat(log_p).double().mean())
+    return Evaluation(elbo, recon, kl, log_likelihood, num_samples, len(test))
+
+
+def picture(
+    path: Path,
+    model: models.Model,
+    data: Dataset,
+    title: str,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Test images, what the model makes of them, and images it makes up, as one PNG."""
+    columns = 10
+    n = columns * (columns * data.image_shape[1] // data.image_shape[0])  # nearly a square
+    spread = torch.linspace(0, len(data.test) - 1, n).long()  # binarized_mnist is sorted by digit
+    test = data.test[spread].to(device).float()
+    generator = Generator(device).manual_seed(_EVALUATION_SEED)
+    panels = [
+        ("test images" + ", binarized" * (data.noise == "bernoulli"), test),
+        ("their reconstructions", model.reconstruct(test)),
+        ("samples from the model", model.sample(n, generator=generator)),
+    ]
+    pictures.save(path, title, panels, data.image_shape, columns)
+
+
+def save_results(path: Path, trainer: Trainer, evaluation: Evaluation) -> None:
+    """Write the scores, and what they were reached with, as JSON."""
+    info = fastvae.build_info()
+    results = {
+        "fastvae": info["version"],
+        "torch": info["torch"],
+        "model": trainer.name,
+        "config": trainer.model.config,
+        "settings": asdict(trainer.settings),
+        "epoch": trainer.epoch,
+        "step": trainer.step,
+        "test": asdict(evaluation),
+    }
+    files.write_atomically(path, (json.dumps(results, indent=2) + "\n").encode())

@@ -1,0 +1,387 @@
+"""Training: resuming, stopping, diverging, and checkpoints that are whole or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import checkpoint, data, files, models, pictures, train
+from fastvae.checkpoint import CheckpointError, Settings
+from fastvae.train import Trainer, TrainingDiverged
+
+CONFIG = {"latent_dim": 4, "hidden": [16]}
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
+def make(digits: data.Dataset, **settings: object) -> Trainer:
+    return Trainer("vae", CONFIG, digits, Settings(**settings))
+
+
+def run(trainer: Trainer, steps: int) -> list[tuple[float, float, float]]:
+    return [trainer.train_step() for _ in range(steps)]
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    tensors = dict(trainer.model.state_dict())
+    for i, moments in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"{i}.{name}": value for name, value in moments.items()}
+    tensors["generator"] = trainer.generator.get_state()
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- the course of a run --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [0, 1, 9, 14, 15], ids=lambda steps: f"after{steps}")
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_a_resumed_run_takes_the_same_course_bitwise(digits, tmp_path, stop, clip_norm):
+    """14 steps are an epoch: stops within the first, at its end, and within the second."""
+    straight = make(digits, clip_norm=clip_norm)
+    losses = run(straight, 31)
+    path = tmp_path / "c.safetensors"
+    stopped = make(digits, clip_norm=clip_norm)
+    first = run(stopped, stop)
+    stopped.save(path)
+    torch.manual_seed(12345)  # the resumed process has another global generator
+    resumed = Trainer.resume(path, digits)
+    train.evaluate(resumed.model, digits, num_samples=4)  # which draws from a generator of its own
+    assert (resumed.step, resumed.epoch, resumed.batch) == (stop, stop // 14, stop % 14)
+    assert first + run(resumed, 31 - stop) == losses
+    assert same(state(resumed), state(straight))
+    assert [g["lr"] for g in resumed.optimizer.param_groups] == [train.learning_rate(2e-3, 2)]
+
+
+def test_the_seed_decides_the_course_and_nothing_else_does(digits):
+    before = torch.random.get_rng_state()
+    one, two, three = make(digits), make(digits), make(digits, seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    losses = run(one, 3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(99)
+    assert run(two, 3) == losses
+    assert run(three, 3) != losses
+
+
+def test_an_epoch_shows_every_image_once(digits):
+    trainer, seen = make(digits, batch_size=500), []
+    trainer.data = Recorder(**vars(trainer.data), seen=seen)
+    run(trainer, 3)
+    assert [len(rows) for rows in seen] == [500, 500, 397]
+    assert sorted(torch.cat(seen).tolist()) == list(range(1397))
+    run(trainer, 3)
+    assert not torch.equal(seen[0], seen[3])
+
+
+class Recorder(data.Dataset):
+    def __init__(self, seen: list[torch.Tensor], **fields: object) -> None:
+        super().__init__(**fields)
+        object.__setattr__(self, "seen", seen)
+
+    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        self.seen.append(rows)
+        return super().batch(rows, generator)
+
+
+def test_clipping_changes_the_course(digits):
+    free, clipped = make(digits), make(digits, clip_norm=1e-9)
+    run(free, 1)
+    run(clipped, 1)
+    norms = [max(float(p.grad.norm()) for p in t.model.parameters()) for t in (free, clipped)]
+    assert norms[0] > 1e-3
+    assert norms[1] <= 1e-9
+
+
+def test_training_learns(digits, tmp_path, capsys):
+    trainer = Trainer("vae", {"latent_dim": 8, "hidden": [64]}, digits, Settings())
+    before = train.evaluate(trainer.model, digits, num_samples=0)
+    assert train.fit(trainer, tmp_path / "c", epochs=22)
+    after = train.evaluate(trainer.model, digits, num_samples=16)
+    assert before.elbo < -43  # 64 pixels at random: 64 log 2 = 44.4
+    assert after.elbo > -28
+    assert after.log_likelihood is not None
+    assert after.log_likelihood > after.elbo
+    assert after.elbo == pytest.approx(after.recon - after.kl, abs=1e-4)
+    assert train.evaluate(trainer.model, digits, num_samples=16) == after
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[1]) for line in lines] == [1, 2, 5, 10, 20, 22]
+    assert all("train ELBO" in line and "KL" in line and "valid ELBO" in line for line in lines)
+
+
+def test_fit_goes_on_to_the_epochs_in_all(digits, tmp_path):
+    path = tmp_path / "c"
+    train.fit(make(digits), path, epochs=1)
+    resumed = Trainer.resume(path, digits)
+    train.fit(resumed, path, epochs=3)
+    assert (resumed.epoch, resumed.step) == (3, 42)
+    assert checkpoint.read(path).header.step == 42
+    done = state(resumed)
+    train.fit(resumed, path, epochs=3)  # there already
+    assert same(state(resumed), done)
+
+
+def test_fit_stops_when_its_minutes_are_over(digits, tmp_path):
+    trainer = make(digits)
+    assert train.fit(trainer, tmp_path / "c", minutes=0.01)
+    assert trainer.step > 0
+    assert checkpoint.read(tmp_path / "c").header.step == trainer.step
+    with pytest.raises(ValueError, match="epochs or minutes must be given"):
+        train.fit(trainer, tmp_path / "c")
+
+
+def test_the_learning_rate_falls_with_the_epochs(digits):
+    trainer = make(digits, lr=1e-2, batch_size=2000)
+    rates = []
+    for _ in range(31):
+        trainer.train_step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[0] == 1e-2
+    assert rates[30] == pytest.approx(0.5e-2)
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_finishes_the_step_and_writes_the_checkpoint(digits, tmp_path):
+    class Interrupted(Trainer):
+        def train_step(self) -> tuple[float, float, float]:
+            if self.step == 16:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().train_step()
+
+    before = signal.getsignal(signal.SIGINT)
+    trainer, path = Interrupted("vae", CONFIG, digits, Settings()), tmp_path / "c"
+    assert not train.fit(trainer, path, epochs=100)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert trainer.step == 17
+    straight = make(digits)
+    run(straight, 20)
+    resumed = Trainer.resume(path, digits)
+    run(resumed, 3)
+    assert same(state(resumed), state(straight))
+
+
+# --- divergence -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(digits, tmp_path, poison):
+    trainer, path = make(digits), tmp_path / "c"
+    run(trainer, 5)
+    trainer.save(path)
+    content = path.read_bytes()
+    trainer.model.decoder[-1].bias.data[3] = poison
+    before = state(trainer)
+    with pytest.raises(TrainingDiverged) as caught:
+        trainer.train_step()
+    text = str(caught.value)
+    assert "diverged at step 6 (epoch 1): the ELBO is" in text
+    assert all(hint in text for hint in ("lower --lr (now 0.002)", "--clip-norm", "log_var"))
+    after = state(trainer)
+    del before["generator"], after["generator"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+    assert trainer.step == 5
+    with pytest.raises(TrainingDiverged, match=r"step 5 .*decoder\.2\.bias are not finite"):
+        trainer.save(path)
+    assert path.read_bytes() == content
+
+
+def test_a_learning_rate_far_too_high_diverges_and_keeps_the_last_checkpoint(digits, tmp_path):
+    trainer = make(digits, lr=1e30)
+    with pytest.raises(TrainingDiverged, match="diverged at step"):
+        train.fit(trainer, tmp_path / "c", epochs=5)
+    stored = checkpoint.read(tmp_path / "c")
+    assert all(bool(value.isfinite().all()) for value in stored.part("model").values())
+    assert stored.build_model().elbo(digits.batch(torch.arange(9))).elbo.isfinite().all()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(digits, tmp_path) -> Path:
+    trainer, path = make(digits), tmp_path / "checkpoint.safetensors"
+    run(trainer, 3)
+    trainer.save(path)
+    return path
+
+
+def rewrite(path: Path, change: Callable[[dict, dict[str, torch.Tensor]], None]) -> None:
+    """Change the JSON header, the tensors, or both, and leave a sound safetensors file."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as stream:
+        header = json.loads(stream.metadata()["fastvae"])
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    change(header, tensors)
+    save_file(tensors, path, {"fastvae": json.dumps(header)})
+
+
+def refusal(path: Path, digits: data.Dataset) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Trainer.resume(path, digits)
+    text = str(caught.value)
+    assert text.startswith(str(path))
+    assert "\n" not in text
+    assert "; " in text
+    return text
+
+
+def test_a_checkpoint_is_one_file_that_others_can_read(stored):
+    from safetensors.torch import load_file
+
+    assert [p.name for p in stored.parent.iterdir()] == ["checkpoint.safetensors"]
+    tensors = load_file(stored)
+    assert tensors["model.decoder.2.weight"].shape == (64, 16)
+    header = checkpoint.read(stored).header
+    assert (header.model, header.settings.data, header.step) == ("vae", "digits", 3)
+    assert header.image_shape == (8, 8)
+    model = checkpoint.read_model(stored)
+    assert not model.training
+    assert model.sample(2).shape == (2, 64)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.0005, 0.1, 0.5, 0.999])
+def test_a_cut_checkpoint_is_refused(digits, stored, keep):
+    content = stored.read_bytes()
+    stored.write_bytes(content[: int(keep * len(content))])
+    assert "is damaged or no safetensors file" in refusal(stored, digits)
+
+
+def test_files_of_other_programs_are_refused(digits, stored):
+    from safetensors.torch import save_file
+
+    stored.write_bytes(os.urandom(5000))
+    assert "is damaged or no safetensors file" in refusal(stored, digits)
+    torch.save({"model": torch.zeros(3)}, stored)
+    assert "is damaged or no safetensors file" in refusal(stored, digits)
+    save_file({"weight": torch.zeros(3)}, stored)
+    assert "is a safetensors file of another program" in refusal(stored, digits)
+    stored.unlink()
+    assert "is not a file" in refusal(stored, digits)
+    stored.mkdir()
+    assert "is not a file" in refusal(stored, digits)
+
+
+def drop(name: str) -> Callable[[dict, dict[str, torch.Tensor]], None]:
+    return lambda header, tensors: tensors.pop(name)
+
+
+CHANGES: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str]] = {
+    "newer format": (lambda h, t: h.update(format=2), "format 2, not 1"),
+    "no format": (lambda h, t: h.pop("format"), "header that this fastvae cannot read"),
+    "no step": (lambda h, t: h.pop("step"), "no step"),
+    "odd settings": (lambda h, t: h["settings"].update(colour=1), "header that this fastvae"),
+    "odd shape": (lambda h, t: h.update(image_shape=8), "header that this fastvae"),
+    "odd model": (lambda h, t: h.update(model="gan"), "no model 'gan'"),
+    "odd config": (lambda h, t: h["config"].update(latent_dim=5), "size mismatch"),
+    "no config": (lambda h, t: h.update(config={}), "does not fit this fastvae"),
+    "no weight": (drop("model.decoder.2.weight"), "Missing key"),
+    "odd weight": (lambda h, t: t.update({"model.x": torch.zeros(1)}), "Unexpected key"),
+    "no moment": (drop("optimizer.decoder.2.weight.exp_avg"), "lacks what it takes to go on"),
+    "no generator": (drop("generator"), "lacks what it takes to go on"),
+    "odd generator": (lambda h, t: t.update(generator=torch.zeros(7)), "lacks what it takes"),
+    "short order": (lambda h, t: t.update(order=t["order"][:9].clone()), "shuffles 9 images"),
+    "other data": (lambda h, t: h["settings"].update(data="mnist"), "on mnist, not on digits"),
+    "other device": (lambda h, t: h.update(device="cuda"), "written on cuda"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_checkpoint_that_does_not_fit_is_refused(digits, stored, case):
+    change, complaint = CHANGES[case]
+    rewrite(stored, change)
+    assert complaint in refusal(stored, digits)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_error_while_writing_keeps_the_old_file(digits, stored, monkeypatch, call):
+    content = stored.read_bytes()
+    trainer = Trainer.resume(stored, digits)
+    run(trainer, 1)
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save(stored)
+    assert stored.read_bytes() == content
+    assert [p.name for p in stored.parent.iterdir()] == [stored.name]
+
+
+def test_a_crash_while_writing_keeps_the_old_file(stored):
+    content = stored.read_bytes()
+    code = (
+        "import os, pathlib, sys\n"
+        "from fastvae import files\n"
+        "os.fsync = lambda fd: os._exit(9)\n"  # the process dies with the new content half out
+        "files.write_atomically(pathlib.Path(sys.argv[1]), b'new')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(stored)]).returncode == 9
+    assert stored.read_bytes() == content
+
+
+def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
+    path = tmp_path / "new" / "folder" / "file"
+    files.write_atomically(path, b"one")
+    files.write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+# --- pictures and results -------------------------------------------------------------------------
+
+
+def test_mosaic_puts_images_in_reading_order():
+    images = torch.arange(3.0).repeat_interleave(4).reshape(3, 4)
+    grid = pictures.mosaic(images, (2, 2), columns=2)
+    gap = float("nan")
+    expected = torch.tensor(
+        [[0, 0, gap, 1, 1]] * 2 + [[gap] * 5] + [[2, 2, gap, gap, gap]] * 2, dtype=torch.float32
+    )
+    torch.testing.assert_close(grid, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (28, 20)])
+def test_a_picture_is_a_png_with_light_and_dark_in_it(tmp_path, shape):
+    import matplotlib.image
+
+    torch.manual_seed(0)
+    model = models.VAE(shape[0] * shape[1], latent_dim=2, hidden=(4,))
+    images = torch.rand(30, shape[0] * shape[1]).round().byte()
+    dataset = data.Dataset("noise", images, images, images, shape, "bernoulli", "none")
+    path = tmp_path / "picture.png"
+    train.picture(path, model, dataset, "a title")
+    pixels = torch.from_numpy(matplotlib.image.imread(path))
+    assert pixels.shape[1] > pixels.shape[0] > 300  # three panels side by side
+    assert float(pixels[..., :3].std()) > 0.2
+
+
+def test_results_say_what_was_reached_with_what(digits, tmp_path):
+    trainer = make(digits)
+    evaluation = train.evaluate(trainer.model, digits, num_samples=2)
+    train.save_results(tmp_path / "results.json", trainer, evaluation)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["test"]["elbo"] == evaluation.elbo
+    assert results["config"] == {"data_dim": 64, "likelihood": "bernoulli", **CONFIG}
+    assert results["fastvae"] == fastvae.__version__
