@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -26,6 +27,14 @@ def _load() -> tuple[ModuleType | None, str | None, str]:
     try:
         built = str(importlib.import_module("fastvae._build").TORCH_VERSION)
     except ImportError:
+        folder = Path(__file__).resolve().parent
+        if (folder.parent / "csrc").is_dir():
+            reason = (
+                f"no compiled module in the source folder {folder} (torch {torch.__version__} is "
+                "here; fastvae was built with none); run Python from another folder to meet an "
+                "installed fastvae, or build here: pip install --no-build-isolation -e ."
+            )
+            return None, None, reason
         reason = (
             f"no compiled module in this installation (torch {torch.__version__} is here; fastvae "
             f"was built with none); build it: pip install . in a checkout, or {rebuild}"
