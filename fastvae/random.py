@@ -114,18 +114,25 @@ def words(key: Tensor, blocks: int) -> Tensor:
     return torch.stack(_philox(counter, key[0] & _MASK, (key[0] >> 32) & _MASK), dim=-1)
 
 
-def _element_words(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int]:
-    numel = math.prod(shape)
-    return words(key, (numel + 3) // 4), numel
+def _uniforms(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Of whole blocks that cover ``shape``, ``[blocks, 4]``; float32 for half types."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x = words(key, (math.prod(shape) + 3) // 4)
+    return x.to(compute) * 2.0**-32 + 2.0**-33
+
+
+def _take(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return x.flatten()[: math.prod(shape)].reshape(shape).to(dtype)
 
 
 def uniform(
     key: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    r"""Uniforms ``u = x 2^{-32} + 2^{-33}`` in (0, 1], from all 32 bits of word ``x``."""
-    x, numel = _element_words(key, shape)
-    u = x.to(dtype) * 2.0**-32 + 2.0**-33
-    return u.flatten()[:numel].reshape(shape)
+    r"""Uniforms ``u = x 2^{-32} + 2^{-33}`` in (0, 1], from all 32 bits of word ``x``.
+
+    Half types are computed in float32 and rounded.
+    """
+    return _take(_uniforms(key, shape, dtype), shape, dtype)
 
 
 def normal(
@@ -138,9 +145,7 @@ def normal(
     >>> fastvae.random.normal(fastvae.random.key(0), (2, 3)).shape
     torch.Size([2, 3])
     """
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    x, numel = _element_words(key, shape)
-    u = x.to(compute) * 2.0**-32 + 2.0**-33
+    u = _uniforms(key, shape, dtype)
     radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
     # The quarter turn is taken off exactly, so that cos and sin keep their digits near their zeros.
     quarter = torch.round(4.0 * u[..., 1::2])
@@ -150,4 +155,4 @@ def normal(
     cos_turn = torch.where(odd, sin, cos) * torch.where((turn == 1) | (turn == 2), -1.0, 1.0)
     sin_turn = torch.where(odd, cos, sin) * torch.where(turn >= 2, -1.0, 1.0)
     z = torch.stack((radius * cos_turn, radius * sin_turn), dim=-1)
-    return z.flatten()[:numel].reshape(shape).to(dtype)
+    return _take(z, shape, dtype)

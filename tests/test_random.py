@@ -127,6 +127,9 @@ def test_uniforms_use_all_32_bits():
     assert torch.equal(u, words.double() / 2**32 + 2.0**-33)
     assert u.min() > 0
     assert random.uniform(random.key(0), (1 << 16,)).max() <= 1
+    for dtype in (torch.bfloat16, torch.float16):  # 2^32 is not finite in float16
+        half = random.uniform(random.key(0), (1 << 16,), dtype)
+        assert torch.equal(half, random.uniform(random.key(0), (1 << 16,)).to(dtype))
 
 
 # --- distribution ---------------------------------------------------------------------------------
