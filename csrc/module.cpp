@@ -39,12 +39,12 @@ py::list philox(int rounds, std::array<uint32_t, 4> c, std::array<uint32_t, 2> k
                               std::to_string(rounds));
 }
 
-// sixteen counters as the CPU engine draws them: words[4][16]
+// as many counters as the CPU engine draws at once
 py::list philox_group(uint64_t seed, uint64_t offset, uint64_t index) {
   fastvae::cpu::NoiseWords group;
-  fastvae::cpu::philox_words({seed, offset}, index, group);
+  fastvae::cpu::philox_words({seed, offset}, index, fastvae::cpu::kNoiseChunk, group);
   py::list result;
-  for (int l = 0; l < fastvae::cpu::kLanes; ++l) {
+  for (int l = 0; l < fastvae::cpu::kLanes * fastvae::cpu::kNoiseChunk; ++l) {
     for (int j = 0; j < 4; ++j) result.append(group[j][l]);
   }
   return result;
@@ -75,7 +75,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
   m.def("isa", &isa);
   m.def("philox", &philox, "One Philox4x32 block of `rounds` rounds.");
-  m.def("philox_group", &philox_group, "Sixteen blocks as the CPU engine draws them.");
+  m.def("philox_group", &philox_group, "The blocks that the CPU engine draws at once.");
   m.def("math", [](const std::string& name, py::array_t<float> x) {
     return py::vectorize([&name](float value) { return evaluate(name, value); })(std::move(x));
   });

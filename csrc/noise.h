@@ -5,9 +5,11 @@
 // the widening multiply named. Hence two short twins for x86 beside the portable loop.
 #pragma once
 
+#include <algorithm>
+
 #if defined(__x86_64__)
-#pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own _mm512_undefined_epi32
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 
@@ -26,35 +28,57 @@
 namespace fastvae::cpu {
 
 inline constexpr int kLanes = 16;               // floats in the widest vector register
-inline constexpr int kNoiseGroup = 4 * kLanes;  // elements drawn at once
+inline constexpr int kNoiseGroup = 4 * kLanes;  // normals come in whole groups of as many
+inline constexpr int kNoiseChunk = 8;           // groups drawn at once, first all of their words
 
-using NoiseWords = uint32_t[4][kLanes];  // word j of counter l
+// Word j of counter l is [j][l].
+using NoiseWords = uint32_t[4][kNoiseChunk * kLanes];
+
+// The round keys: a broadcast load each, where adding them up would cost the loop as much again.
+struct RoundKeys {
+  uint64_t x[philox::kRounds][2];
+
+  explicit RoundKeys(uint64_t seed) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (auto& round : x) {
+      round[0] = key0, round[1] = key1;
+      key0 += philox::kWeyl0, key1 += philox::kWeyl1;
+    }
+  }
+};
 
 #if defined(FASTVAE_MULTIVERSION) || defined(__AVX512F__)
 #define FASTVAE_AVX512_WORDS
 FASTVAE_TARGET("arch=x86-64-v4")
-inline void words_avx512(philox::Key key, uint64_t index, NoiseWords& words) {
+inline void words_avx512(philox::Key key, uint64_t index, int groups, NoiseWords& words) {
   using Lanes = uint64_t __attribute__((vector_size(64)));  // the low halves count
   const auto multiply = [](Lanes a, uint32_t b) FASTVAE_TARGET("arch=x86-64-v4") {
     return (Lanes)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
   };
-  for (int half = 0; half < kLanes; half += 8) {
-    Lanes c0 = (Lanes{0, 1, 2, 3, 4, 5, 6, 7} + half) + (key.offset + index);
-    Lanes c1 = c0 >> 32, c2 = {}, c3 = {};
-    uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
+  constexpr Lanes kCount{0, 1, 2, 3, 4, 5, 6, 7};
+  const RoundKeys keys(key.seed);
+  for (int at = 0; at < groups * kLanes; at += kLanes) {
+    Lanes c0[2], c1[2], c2[2] = {}, c3[2] = {};  // two at a time hide each other's latency
+    for (int w = 0; w < 2; ++w) {
+      c0[w] = kCount + (key.offset + index + static_cast<uint64_t>(at + 8 * w));
+      c1[w] = c0[w] >> 32;
+    }
 #pragma GCC unroll 10
     for (int round = 0; round < philox::kRounds; ++round) {
-      const Lanes p0 = multiply(c0, philox::kMul0), p1 = multiply(c2, philox::kMul1);
-      c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(key0);
-      c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(key1);
-      c1 = p1;
-      c3 = p0;
-      key0 += philox::kWeyl0;
-      key1 += philox::kWeyl1;
+#pragma GCC unroll 2
+      for (int w = 0; w < 2; ++w) {
+        const Lanes p0 = multiply(c0[w], philox::kMul0), p1 = multiply(c2[w], philox::kMul1);
+        c0[w] = (p1 >> 32) ^ c1[w] ^ keys.x[round][0];
+        c2[w] = (p0 >> 32) ^ c3[w] ^ keys.x[round][1];
+        c1[w] = p1;
+        c3[w] = p0;
+      }
     }
-    const Lanes c[4] = {c0, c1, c2, c3};
-    for (int j = 0; j < 4; ++j) {
-      _mm256_storeu_si256((__m256i*)&words[j][half], _mm512_cvtepi64_epi32((__m512i)c[j]));
+    for (int w = 0; w < 2; ++w) {
+      const Lanes c[4] = {c0[w], c1[w], c2[w], c3[w]};
+      for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_si256((__m256i*)&words[j][at + 8 * w], _mm512_cvtepi64_epi32((__m512i)c[j]));
+      }
     }
   }
 }
@@ -63,62 +87,71 @@ inline void words_avx512(philox::Key key, uint64_t index, NoiseWords& words) {
 #if defined(FASTVAE_MULTIVERSION) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define FASTVAE_AVX2_WORDS
 FASTVAE_TARGET("arch=x86-64-v3")
-inline void words_avx2(philox::Key key, uint64_t index, NoiseWords& words) {
+inline void words_avx2(philox::Key key, uint64_t index, int groups, NoiseWords& words) {
   using Lanes = uint64_t __attribute__((vector_size(32)));
   const auto multiply = [](Lanes a, uint32_t b) FASTVAE_TARGET("arch=x86-64-v3") {
     return (Lanes)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
   };
+  constexpr Lanes kCount{0, 1, 2, 3};
   const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
-  for (int quarter = 0; quarter < kLanes; quarter += 4) {
-    Lanes c0 = (Lanes{0, 1, 2, 3} + quarter) + (key.offset + index);
-    Lanes c1 = c0 >> 32, c2 = {}, c3 = {};
-    uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
+  const RoundKeys keys(key.seed);
+  for (int at = 0; at < groups * kLanes; at += 8) {
+    Lanes c0[2], c1[2], c2[2] = {}, c3[2] = {};
+    for (int w = 0; w < 2; ++w) {
+      c0[w] = kCount + (key.offset + index + static_cast<uint64_t>(at + 4 * w));
+      c1[w] = c0[w] >> 32;
+    }
 #pragma GCC unroll 10
     for (int round = 0; round < philox::kRounds; ++round) {
-      const Lanes p0 = multiply(c0, philox::kMul0), p1 = multiply(c2, philox::kMul1);
-      c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(key0);
-      c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(key1);
-      c1 = p1;
-      c3 = p0;
-      key0 += philox::kWeyl0;
-      key1 += philox::kWeyl1;
+#pragma GCC unroll 2
+      for (int w = 0; w < 2; ++w) {
+        const Lanes p0 = multiply(c0[w], philox::kMul0), p1 = multiply(c2[w], philox::kMul1);
+        c0[w] = (p1 >> 32) ^ c1[w] ^ keys.x[round][0];
+        c2[w] = (p0 >> 32) ^ c3[w] ^ keys.x[round][1];
+        c1[w] = p1;
+        c3[w] = p0;
+      }
     }
-    const Lanes c[4] = {c0, c1, c2, c3};
-    for (int j = 0; j < 4; ++j) {
-      const __m256i packed = _mm256_permutevar8x32_epi32((__m256i)c[j], even);
-      _mm_storeu_si128((__m128i*)&words[j][quarter], _mm256_castsi256_si128(packed));
+    for (int w = 0; w < 2; ++w) {
+      const Lanes c[4] = {c0[w], c1[w], c2[w], c3[w]};
+      for (int j = 0; j < 4; ++j) {
+        const __m256i packed = _mm256_permutevar8x32_epi32((__m256i)c[j], even);
+        _mm_storeu_si128((__m128i*)&words[j][at + 4 * w], _mm256_castsi256_si128(packed));
+      }
     }
   }
 }
 #endif
 
-inline void words_portable(philox::Key key, uint64_t index, NoiseWords& words) {
-  for (int l = 0; l < kLanes; ++l) {
+inline void words_portable(philox::Key key, uint64_t index, int groups, NoiseWords& words) {
+  for (int l = 0; l < groups * kLanes; ++l) {
     const philox::Words w = philox::block(key, index + static_cast<uint64_t>(l));
     for (int j = 0; j < 4; ++j) words[j][l] = w.x[j];
   }
 }
 
-inline void philox_words(philox::Key key, uint64_t index, NoiseWords& words) {
+// The words of blocks index, index + 1, ...
+inline void philox_words(philox::Key key, uint64_t index, int groups, NoiseWords& words) {
 #if defined(FASTVAE_MULTIVERSION)
   static const auto best = __builtin_cpu_supports("x86-64-v4")   ? words_avx512
                            : __builtin_cpu_supports("x86-64-v3") ? words_avx2
                                                                  : words_portable;
-  best(key, index, words);
+  best(key, index, groups, words);
 #elif defined(FASTVAE_AVX512_WORDS)
-  words_avx512(key, index, words);
+  words_avx512(key, index, groups, words);
 #elif defined(FASTVAE_AVX2_WORDS)
-  words_avx2(key, index, words);
+  words_avx2(key, index, groups, words);
 #else
-  words_portable(key, index, words);
+  words_portable(key, index, groups, words);
 #endif
 }
 
-// Box-Muller over one group of words.
+// Box-Muller over groups of words.
 template <class T>
-FASTVAE_CLONES void box_muller(const NoiseWords& words, T* to) {
+FASTVAE_CLONES void box_muller(const NoiseWords& words, int groups, T* to) {
+  const int n = groups * kLanes;
 #pragma omp simd
-  for (int l = 0; l < kLanes; ++l) {
+  for (int l = 0; l < n; ++l) {
     const philox::Pair<T> a = philox::normal_pair<T>(words[0][l], words[1][l]);
     const philox::Pair<T> b = philox::normal_pair<T>(words[2][l], words[3][l]);
     to[4 * l] = a.first;
@@ -131,10 +164,13 @@ FASTVAE_CLONES void box_muller(const NoiseWords& words, T* to) {
 // Normals of blocks index, index + 1, ...: at least count of them, rounded up to whole groups.
 template <class T>
 inline void fill_normal(philox::Key key, uint64_t index, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += kNoiseGroup) {
-    NoiseWords words;
-    philox_words(key, index + static_cast<uint64_t>(i) / 4, words);
-    box_muller(words, to + i);
+  NoiseWords words;
+  constexpr int64_t kChunk = kNoiseChunk * kNoiseGroup;
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const auto groups =
+        static_cast<int>((std::min(kChunk, count - i) + kNoiseGroup - 1) / kNoiseGroup);
+    philox_words(key, index + static_cast<uint64_t>(i) / 4, groups, words);
+    box_muller(words, groups, to + i);
   }
 }
 
