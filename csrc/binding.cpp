@@ -92,10 +92,11 @@ RowOp& RowOp::key(const Tensor& key) {
 Tensor RowOp::allocate(c10::SymIntArrayRef shape, at::TensorOptions options) {
   Tensor x = at::empty_symint(shape, options);
 #ifdef MADV_HUGEPAGE
-  // malloc maps blocks this large anew for every call, and faults them in page by page: up to 25 ms
-  // for 64 MB where the kernel itself takes 15. Huge pages make that 32 faults.
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20, kMappedAnew = uintptr_t{32} << 20;
-  if (x.is_cpu() && x.nbytes() >= kMappedAnew) {
+  // malloc maps blocks this large anew for many a call, and faults them in page by page: up to 25
+  // ms for 64 MB where the kernel itself takes 15. Huge pages make that 32 faults, and spare the
+  // kernel a third of its time where the pages are there but too many for the TLB.
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20, kLarge = uintptr_t{8} << 20;
+  if (x.is_cpu() && x.nbytes() >= kLarge) {
     const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr()), end = begin + x.nbytes();
     const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
     madvise(reinterpret_cast<void*>(first), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
@@ -165,6 +166,11 @@ Sweep RowOp::lay_out() {
     sweep.key = key_.const_data_ptr<int64_t>();
   }
   return sweep;
+}
+
+Tensor chain_rule(const char* name, const Tensor& grad, const Tensor& derivative) {
+  RowOp op(name, {{"kept", derivative}});
+  return op.row_input("grad", grad).run<ChainRule>().outputs[0];
 }
 
 variable_list call_reference(const char* name, at::TensorList inputs) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <ATen/Parallel.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -108,6 +109,7 @@ template <class F>
 void RowOp::launch(Sweep& sweep) const {
   // Rows too long for one worker are summed in segments, whose sums are added afterwards.
   const bool is_cpu = inputs_[0].is_cpu();
+  TORCH_INTERNAL_ASSERT(is_cpu || !F::shape.cpu_only);
   const int64_t segments =
       is_cpu ? cpu::segments_per_row(sweep.columns) : cuda::segments_per_row(sweep.columns);
   Tensor partial_sums;
@@ -116,12 +118,13 @@ void RowOp::launch(Sweep& sweep) const {
     sweep.partial_sums = partial_sums.mutable_data_ptr<double>();
   }
 #ifdef FASTVAE_CUDA
-  if (!is_cpu) {
-    const c10::cuda::CUDAGuard guard(inputs_[0].device());
-    const char* error = cuda::sweep_rows<F>(sweep, c10::cuda::getCurrentCUDAStream().stream());
-    TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
-    return;
-  }
+  if constexpr (!F::shape.cpu_only)
+    if (!is_cpu) {
+      const c10::cuda::CUDAGuard guard(inputs_[0].device());
+      const char* error = cuda::sweep_rows<F>(sweep, c10::cuda::getCurrentCUDAStream().stream());
+      TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
+      return;
+    }
 #endif
   // Below this many elements a second thread costs more than it brings.
   constexpr int64_t kGrain = F::shape.noise ? 4096 : 16384;
@@ -130,6 +133,15 @@ void RowOp::launch(Sweep& sweep) const {
                    [&](int64_t begin, int64_t end) { cpu::sweep_units<F>(sweep, begin, end); });
   if (sweep.partial_sums != nullptr) cpu::add_segments(sweep);
 }
+
+// d loss / d input, one of a derivative that forward kept: grad, of the row's sum, times it.
+struct ChainRule : Formula<Shape{.inputs = 1, .row_inputs = 1, .outputs = 1, .cpu_only = true}> {
+  template <class T>
+  static FASTVAE_HD Values<T, 1> eval(T derivative, T grad) {
+    return {{grad * derivative}};
+  }
+};
+Tensor chain_rule(const char* name, const Tensor& grad, const Tensor& derivative);
 
 // ---- autograd ---------------------------------------------------------------------------------
 //
@@ -145,7 +157,19 @@ void RowOp::launch(Sweep& sweep) const {
 //
 // define<Op>() registers fastvae::<name> and fastvae::<name>_backward, and makes the first
 // differentiable to any order. Keys, which get no gradient, come after the floating inputs;
-// optional tensors come last, and if one is absent so are those after it.
+// optional tensors come last, and if one is absent so are those after it. A gradient that is the
+// first of grads itself comes back undefined though wanted: an op may not return its argument.
+//
+// On a CPU arithmetic is dear, so there an op in float32 or float64 may keep something for backward
+// (see keeps()), which then takes it as an optional tensor after the inputs. Either
+//
+//     static std::tuple<Tensor, Tensor> forward_keeping(x, mu, log_var);
+//
+// takes the place of forward in training, with one output more, which is kept; or
+//
+//     static constexpr bool kKeepsSample = true;
+//
+// keeps the first output, as long as nobody changes it in place: it is the user's own.
 
 // Between typed signatures and lists of tensors, in which an absent tensor is undefined or, at the
 // end, left out.
@@ -192,6 +216,17 @@ struct Unpack<R(Args...)> {
 };
 
 template <class Op>
+concept KeepsDerivative = requires { &Op::forward_keeping; };
+template <class Op>
+concept KeepsSample = requires { requires Op::kKeepsSample; };
+
+template <class Op>
+bool keeps(const Tensor& input) {
+  const bool single = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble;
+  return (KeepsDerivative<Op> || KeepsSample<Op>) && input.device().is_cpu() && single;
+}
+
+template <class Op>
 struct Calls {
   using Forward = std::remove_pointer_t<decltype(&Op::forward)>;
   using Backward = std::remove_pointer_t<decltype(&Op::backward)>;
@@ -211,21 +246,25 @@ struct Calls {
   }
 
   static variable_list forward(at::TensorList inputs) {
-    constexpr size_t kTensors = arity(&Op::forward);
-    std::array<Tensor, kTensors> all;
-    std::copy(inputs.begin(), inputs.end(), all.begin());
-    return Unpack<Forward>::call(handle<Forward>(""), all, std::make_index_sequence<kTensors>{});
+    return call<Forward>("", inputs, std::make_index_sequence<kInputs>{});
+  }
+  static variable_list forward_keeping(at::TensorList inputs)
+    requires KeepsDerivative<Op>
+  {
+    using Signature = std::remove_pointer_t<decltype(&Op::forward_keeping)>;
+    return call<Signature>("_keeping", inputs, std::make_index_sequence<kInputs>{});
   }
 
   static variable_list backward(const variable_list& grads, const variable_list& inputs,
-                                const std::vector<bool>& wanted) {
-    variable_list arguments(grads);
-    arguments.insert(arguments.end(), inputs.begin(), inputs.end());
+                                const Tensor& kept, const std::vector<bool>& wanted) {
     constexpr size_t kTensors = arity(&Op::backward) - 1;
     using Types = typename Arguments<Backward>::Types;
     std::tuple_element_t<kTensors, Types> mask;
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = i < wanted.size() && wanted[i];
-    arguments.resize(kTensors);
+    std::array<Tensor, kTensors> arguments;
+    std::copy(grads.begin(), grads.end(), arguments.begin());
+    std::copy(inputs.begin(), inputs.end(), arguments.begin() + grads.size());
+    if (kTensors > grads.size() + kInputs) arguments[kTensors - 1] = kept;
     variable_list result = Unpack<Backward>::call(handle<Backward>("_backward"), arguments,
                                                   std::make_index_sequence<kTensors>{}, mask);
     result.resize(inputs.size());
@@ -233,6 +272,15 @@ struct Calls {
   }
 
  private:
+  static constexpr size_t kInputs = arity(&Op::forward);
+
+  template <class Signature, size_t... I>
+  static variable_list call(const char* suffix, at::TensorList inputs,
+                            std::index_sequence<I...> all) {
+    const std::array<Tensor, kInputs> padded{(I < inputs.size() ? inputs[I] : Tensor())...};
+    return Unpack<Signature>::call(handle<Signature>(suffix), padded, all);
+  }
+
   template <class Signature>
   struct Arguments;
   template <class R, class... Args>
@@ -256,32 +304,67 @@ bool is_transformed(const Tensor& x);
 template <class Op>
 struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
   static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList inputs) {
-    ctx->save_for_backward(inputs.vec());
     ctx->set_materialize_grads(false);  // an output that was not used has no gradient
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return Calls<Op>::forward(inputs);
+    variable_list saved = inputs.vec(), outputs;
+    if constexpr (KeepsDerivative<Op>) {
+      if (keeps<Op>(inputs[0])) {
+        outputs = Calls<Op>::forward_keeping(inputs);
+        saved.push_back(std::move(outputs.back()));
+        outputs.pop_back();
+      }
+    }
+    if (outputs.empty()) outputs = Calls<Op>::forward(inputs);
+    if constexpr (KeepsSample<Op>) {
+      if (keeps<Op>(inputs[0])) remember(ctx, outputs[0]);
+    }
+    ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
+    ctx->save_for_backward(std::move(saved));
+    return outputs;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
-    const variable_list inputs = ctx->get_saved_variables();
+    variable_list inputs = ctx->get_saved_variables();
+    const auto count = static_cast<size_t>(ctx->saved_data["inputs"].toInt());
+    Tensor kept = inputs.size() > count ? inputs.back() : recall(ctx);
+    inputs.resize(count);
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
-      return variable_list(inputs.size());
+      return variable_list(count);
     }
-    std::vector<bool> wanted(inputs.size());
-    for (size_t i = 0; i < inputs.size(); ++i) {
+    std::vector<bool> wanted(count);
+    for (size_t i = 0; i < count; ++i) {
       wanted[i] = ctx->needs_input_grad(i);
     }
     if (at::GradMode::is_enabled()) return reference_backward(Op::kName, grads, inputs, wanted);
     at::AutoDispatchBelowADInplaceOrView below_autograd;  // the backward op has no kernel above
-    variable_list result = Calls<Op>::backward(grads, inputs, wanted);
-    for (size_t i = 0; i < result.size(); ++i) {  // sum over what was broadcast
+    variable_list result = Calls<Op>::backward(grads, inputs, kept, wanted);
+    for (size_t i = 0; i < count; ++i) {
       if (!wanted[i]) {
         result[i] = Tensor();
-      } else if (result[i].sym_sizes() != inputs[i].sym_sizes()) {
+        continue;
+      }
+      if (!result[i].defined()) result[i] = grads[0];
+      if (result[i].sym_sizes() != inputs[i].sym_sizes()) {  // sum over what was broadcast
         result[i] = at::sum_to(result[i], inputs[i].sym_sizes());
       }
     }
     return result;
+  }
+
+ private:
+  // A sample that was changed in place since is forgotten, and backward draws its noise again: in
+  // eager PyTorch such a change is legal. Not while tracing, where a version says nothing.
+  static void remember(torch::autograd::AutogradContext* ctx, const Tensor& sample) {
+    if (at::isTensorSubclassLike(sample)) return;
+    ctx->saved_data["sample"] = sample.tensor_data();  // no reference cycle, the same version
+    ctx->saved_data["version"] = static_cast<int64_t>(sample._version());
+  }
+  static Tensor recall(torch::autograd::AutogradContext* ctx) {
+    const auto sample = ctx->saved_data.find("sample");
+    if (sample == ctx->saved_data.end()) return Tensor();
+    const Tensor& z = sample->second.toTensor();
+    const bool unchanged = z._version() == ctx->saved_data["version"].toInt();
+    return unchanged ? z : Tensor();
   }
 };
 
@@ -317,17 +400,23 @@ variable_list call_autocast(at::TensorList inputs) {
   return Calls<Op>::forward(promote(Device, inputs));
 }
 
-// Registers an op from its arguments' schema, "(Tensor x, Tensor mu) -> Tensor", and its
-// backward's.
+// Registers an op from its arguments' schema, "(Tensor x, Tensor mu) -> Tensor", its backward's,
+// and that of forward_keeping if it has one.
 template <class Op>
-void define(torch::Library& m, const std::string& schema, const std::string& backward_schema) {
-  const std::string name = Op::kName, backward = name + "_backward";
+void define(torch::Library& m, const std::string& schema, const std::string& backward_schema,
+            const std::string& keeping_schema = "") {
+  const std::string name = Op::kName;
   using Adapt = Unpack<typename Calls<Op>::Forward>;
-  m.def((name + schema).c_str(), {at::Tag::pt2_compliant_tag});
-  m.def((backward + backward_schema).c_str(), {at::Tag::pt2_compliant_tag});
-  for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
-    m.impl(name.c_str(), torch::dispatch(key, TORCH_FN((Op::forward))));
-    m.impl(backward.c_str(), torch::dispatch(key, TORCH_FN((Op::backward))));
+  const auto add_bodies = [&](const std::string& op, const std::string& arguments, auto body) {
+    m.def((op + arguments).c_str(), {at::Tag::pt2_compliant_tag});
+    for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
+      m.impl(op.c_str(), torch::dispatch(key, body));
+    }
+  };
+  add_bodies(name, schema, TORCH_FN((Op::forward)));
+  add_bodies(name + "_backward", backward_schema, TORCH_FN((Op::backward)));
+  if constexpr (KeepsDerivative<Op>) {
+    add_bodies(name + "_keeping", keeping_schema, TORCH_FN((Op::forward_keeping)));
   }
   const auto add = [&](c10::DispatchKey key, auto* function) {
     m.impl(name.c_str(), torch::dispatch(key, function));

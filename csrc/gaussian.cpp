@@ -10,6 +10,7 @@ using std::optional;
 
 struct ReparameterizeOp {
   static constexpr const char* kName = "reparameterize";
+  static constexpr bool kKeepsSample = true;
 
   static Tensor forward(const Tensor& mu, const Tensor& log_var, const Tensor& key) {
     RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
@@ -18,15 +19,23 @@ struct ReparameterizeOp {
 
   static std::tuple<Tensor, Tensor> backward(const Tensor& grad_z, const Tensor& mu,
                                              const Tensor& log_var, const Tensor& key,
+                                             const optional<Tensor>& z,
                                              std::array<bool, 2> wanted) {
+    if (!wanted[1]) return {};  // the gradient of mu is grad_z itself
+    if (z) {
+      RowOp op(kName, {{"grad_z", grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}});
+      auto result = op.key(key).run<Reparameterize::BackwardFromSample>({wanted[1]});
+      return {Tensor(), result.outputs[0]};
+    }
     RowOp op(kName, {{"grad_z", grad_z}, {"log_var", log_var}});
     auto result = op.key(key).run<Reparameterize::Backward>({wanted[1]});
-    return {wanted[0] ? grad_z.clone() : Tensor(), result.outputs[0]};
+    return {Tensor(), result.outputs[0]};
   }
 };
 
 struct ReparameterizeKlOp {
   static constexpr const char* kName = "reparameterize_kl";
+  static constexpr bool kKeepsSample = true;
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& mu, const Tensor& log_var,
                                             const Tensor& key) {
@@ -40,12 +49,21 @@ struct ReparameterizeKlOp {
   static std::tuple<Tensor, Tensor> backward(const optional<Tensor>& grad_z,
                                              const optional<Tensor>& grad_kl, const Tensor& mu,
                                              const Tensor& log_var, const Tensor& key,
+                                             const optional<Tensor>& z,
                                              std::array<bool, 2> wanted) {
-    if (!grad_kl) return ReparameterizeOp::backward(*grad_z, mu, log_var, key, wanted);
+    if (!grad_kl) return ReparameterizeOp::backward(*grad_z, mu, log_var, key, z, wanted);
     if (!grad_z) {
       RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
       auto [d_mu, d_log_var] =
           op.row_input("grad_kl", *grad_kl).run<StandardGaussianKl::Backward>(wanted).outputs;
+      return {d_mu, d_log_var};
+    }
+    if (z) {
+      RowOp op(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}});
+      auto [d_mu, d_log_var] = op.key(key)
+                                   .row_input("grad_kl", *grad_kl)
+                                   .run<ReparameterizeKl::BackwardFromSample>(wanted)
+                                   .outputs;
       return {d_mu, d_log_var};
     }
     RowOp op(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}});
@@ -119,10 +137,10 @@ struct GaussianLogProbOp {
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
   define<ReparameterizeOp>(m, "(Tensor mu, Tensor log_var, Tensor key) -> Tensor",
                            "(Tensor grad_z, Tensor mu, Tensor log_var, Tensor key, "
-                           "bool[2] wanted) -> (Tensor, Tensor)");
+                           "Tensor? z, bool[2] wanted) -> (Tensor, Tensor)");
   define<ReparameterizeKlOp>(m, "(Tensor mu, Tensor log_var, Tensor key) -> (Tensor z, Tensor kl)",
                              "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor log_var, "
-                             "Tensor key, bool[2] wanted) -> (Tensor, Tensor)");
+                             "Tensor key, Tensor? z, bool[2] wanted) -> (Tensor, Tensor)");
   define<GaussianKlOp>(m,
                        "(Tensor mu_q, Tensor log_var_q, Tensor? mu_p=None, "
                        "Tensor? log_var_p=None) -> Tensor",

@@ -14,14 +14,41 @@ struct Reparameterize {
     }
   };
 
-  // dz/dmu = 1, which needs no kernel; dz/dlog_var = sigma eps / 2. The noise is drawn again: it is
-  // exact where z - mu has lost its digits (half types, |mu| >> sigma), and z need not be kept.
+  // dz/dmu = 1, which needs no kernel; dz/dlog_var = sigma eps / 2, the noise drawn again.
   struct Backward : Formula<Shape{.inputs = 2, .noise = true, .outputs = 1}> {
     template <class T>
     static FASTVAE_HD Values<T, 1> eval(T grad_z, T log_var, T eps) {
-      return {{grad_z * (T(0.5) * math::exp(T(0.5) * log_var) * eps)}};
+      return {{grad_z * (T(0.5) * (math::exp(T(0.5) * log_var) * eps))}};
     }
   };
+
+  // The same where z is at hand: sigma eps = z - mu, but for what z lost when it was rounded.
+  struct BackwardFromSample
+      : Formula<Shape{.inputs = 4, .noise = true, .outputs = 1, .cpu_only = true}> {
+    template <class T>
+    static FASTVAE_HD bool needs_noise(T, T mu, T log_var, T) {
+      return !surely_recovers(mu, log_var);
+    }
+    template <class T>
+    static FASTVAE_HD Values<T, 1> eval(T grad_z, T mu, T log_var, T z, T eps) {
+      return {{grad_z * (T(0.5) * sigma_eps(mu, math::exp(T(0.5) * log_var), z, eps))}};
+    }
+  };
+
+  // From z where that gives it to 64 ulp of sigma, else from the noise: a choice for each element
+  // by itself, so that a gradient does not depend on what a thread happens to visit together.
+  template <class T>
+  static FASTVAE_HD T sigma_eps(T mu, T sigma, T z, T eps) {
+    return math::abs(mu) < T(65) * sigma ? z - mu : sigma * eps;
+  }
+
+  // Whether |mu| < 64 sigma, by a bound on log mu^2 that takes no logarithm. No for NaN and inf.
+  template <class T>
+  static FASTVAE_HD bool surely_recovers(T mu, T log_var) {
+    constexpr T kLn2 = T(0.6931471805599453);
+    const T bound = T(math::exponent(mu * mu) - 11) * kLn2;  // > log(mu^2 / 64^2)
+    return bound <= log_var && log_var < T(80);
+  }
 };
 
 // KL(N(mu, e^log_var) || N(0, 1)) = (mu^2 + e^log_var - 1 - log_var) / 2   (ibid., appendix B)
@@ -57,6 +84,21 @@ struct ReparameterizeKl {
       const math::HalfExp<T> e = math::half_exp(log_var);
       return {
           {grad_z + grad_kl * mu, T(0.5) * grad_z * (e.exp_half * eps) + grad_kl * e.half_expm1}};
+    }
+  };
+
+  struct BackwardFromSample
+      : Formula<Shape{
+            .inputs = 4, .row_inputs = 1, .noise = true, .outputs = 2, .cpu_only = true}> {
+    template <class T>
+    static FASTVAE_HD bool needs_noise(T, T mu, T log_var, T, T) {
+      return !Reparameterize::surely_recovers(mu, log_var);
+    }
+    template <class T>
+    static FASTVAE_HD Values<T, 2> eval(T grad_z, T mu, T log_var, T z, T grad_kl, T eps) {
+      const math::HalfExp<T> e = math::half_exp(log_var);
+      const T sigma_eps = Reparameterize::sigma_eps(mu, e.exp_half, z, eps);
+      return {{grad_z + grad_kl * mu, T(0.5) * grad_z * sigma_eps + grad_kl * e.half_expm1}};
     }
   };
 };

@@ -43,6 +43,12 @@ FASTVAE_HD T min(T a, T b) {
 FASTVAE_HD float abs(float x) { return from_bits(to_bits(x) & 0x7fffffffu); }
 FASTVAE_HD double abs(double x) { return x < 0 ? -x : x; }
 
+// The exponent of x: 2^exponent(x) <= |x| < 2^(exponent(x) + 1) for a normal x.
+FASTVAE_HD int32_t exponent(float x) { return static_cast<int32_t>(to_bits(x) << 1 >> 24) - 127; }
+FASTVAE_HD int32_t exponent(double x) {
+  return static_cast<int32_t>(__builtin_bit_cast(uint64_t, x) << 1 >> 53) - 1023;
+}
+
 // x = n ln 2 + r with |r| <= ln(2)/2, and e^r - 1.
 struct ExpReduction {
   int32_t n;

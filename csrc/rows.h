@@ -15,8 +15,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <utility>
 
 #include "noise.h"
@@ -49,6 +47,25 @@ template <class F, class T>
 FASTVAE_CLONES void evaluate(const T* const* arguments, T* const* values, int64_t n) {
   evaluate_lanes<F, T>(arguments, values, n, std::make_index_sequence<F::kArguments>{},
                        std::make_index_sequence<F::kValues>{});
+}
+
+// Whether any element wants noise, of a formula that does not always.
+template <class F, class T>
+concept DrawsOnDemand = requires { &F::template needs_noise<T>; };
+
+template <class F, class T, size_t... A>
+FASTVAE_HD bool any_needs_noise_lanes(const T* const* arguments, int64_t n,
+                                      std::index_sequence<A...>) {
+  const T* const in[] = {arguments[A]...};
+  int any = 0;
+#pragma omp simd reduction(| : any)
+  for (int64_t i = 0; i < n; ++i) any |= F::template needs_noise<T>(in[A][i]...);
+  return any != 0;
+}
+
+template <class F, class T>
+FASTVAE_CLONES bool any_needs_noise(const T* const* arguments, int64_t n) {
+  return any_needs_noise_lanes<F, T>(arguments, n, std::make_index_sequence<F::kArguments - 1>{});
 }
 
 // (1) Reads n elements of any stride, (3) writes them, converting half types.
@@ -140,7 +157,9 @@ class RowSweep {
     }
     if constexpr (F::shape.noise) {
       const int64_t element = row * s_.columns + column;
-      fill_normal(key_, static_cast<uint64_t>(element) / 4, noise_, n + element % 4);
+      bool draw = true;
+      if constexpr (DrawsOnDemand<F, T>) draw = any_needs_noise<F, T>(arguments, n);
+      if (draw) fill_normal(key_, static_cast<uint64_t>(element) / 4, noise_, n + element % 4);
       arguments[kNoiseAt] = noise_ + element % 4;
     }
     for (int k = 0; k < F::shape.outputs; ++k) {
@@ -204,7 +223,7 @@ class RowSweep {
   const Sweep& s_;
   philox::Key key_{};
   alignas(64) T buffers_[std::max(1, F::shape.inputs + F::shape.row_inputs)][kTile];
-  alignas(64) T noise_[F::shape.noise ? kTile + kNoiseGroup : 1];
+  alignas(64) T noise_[F::shape.noise ? kTile + kNoiseGroup : 1] = {};
   alignas(64) T results_[std::max(1, F::shape.outputs)][kTile];
   alignas(64) T terms_[F::shape.row_sums > 0 ? kTile : 1];
 };

@@ -11,7 +11,9 @@
 //
 // Arguments come as: the inputs, then the row inputs (one value for a whole row, such as the
 // gradient of a row sum), then a standard normal if noise is asked for. Values returns the outputs,
-// then the terms of the row sums.
+// then the terms of the row sums. A formula that does not always look at its noise says when it
+// does, `static bool needs_noise(...)` of the other arguments: the CPU then draws no more than
+// that.
 #pragma once
 
 #include "math.h"
@@ -24,11 +26,12 @@
 namespace fastvae {
 
 struct Shape {
-  int inputs = 0;      // tensors read element by element
-  int row_inputs = 0;  // tensors read once a row
-  bool noise = false;  // one standard normal an element, from the sweep's key
-  int outputs = 0;     // tensors written element by element
-  int row_sums = 0;    // 0 or 1
+  int inputs = 0;         // tensors read element by element
+  int row_inputs = 0;     // tensors read once a row
+  bool noise = false;     // one standard normal an element, from the sweep's key
+  int outputs = 0;        // tensors written element by element
+  int row_sums = 0;       // 0 or 1
+  bool cpu_only = false;  // saves arithmetic by memory traffic, which is no bargain on a GPU
 };
 
 template <Shape S>

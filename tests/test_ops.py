@@ -122,6 +122,35 @@ def test_each_output_alone_backpropagates(case, device, key):
 
 
 @each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_gives_the_same_values(case, dtype, device, key):
+    """What is kept for backward changes no bit of what is returned."""
+    inputs = case.draw((20, 77), dtype, requires_grad=True, device=device)
+    plain = [x.detach() for x in inputs]
+    for out, ref in zip(case.call(inputs, key), case.call(plain, key), strict=True):
+        assert torch.equal(out, ref)
+
+
+@each_case
+def test_outputs_may_be_changed_in_place(case, device, key):
+    """As in eager PyTorch, where none of these formulas needs its result again."""
+    inputs = case.draw((4, 9), requires_grad=True, device=device)
+    expected = gradients(case, inputs, key)
+
+    def doubled(*xs):
+        outputs = case.call(list(xs), key)
+        for out in outputs:
+            out.mul_(2.0)
+        return weighted(outputs) / 2.0
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for function in (doubled, compiled):
+        actual = torch.autograd.grad(function(*inputs), inputs)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@each_case
 def test_inference_mode(case, device, key):
     inputs = case.draw((4, 9), device=device)
     expected = case.call(inputs, key)
@@ -297,11 +326,14 @@ def test_opcheck(case, device, key):
     arguments += [None] * (len(schema) - 1 - len(arguments))
     wanted = len(backward.default._schema.returns)
     torch.library.opcheck(backward, (*arguments, [i < len(inputs) for i in range(wanted)]))
+    keeping = getattr(torch.ops.fastvae, f"{case.op}_keeping", None)
+    if keeping is not None:
+        torch.library.opcheck(keeping, tuple(x.detach() for x in inputs))
 
 
 def test_every_registered_op_has_a_case():
     registered = {
-        name.split("::")[1].split(".")[0].removesuffix("_backward")
+        name.split("::")[1].split(".")[0].removesuffix("_backward").removesuffix("_keeping")
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("fastvae::")
     }

@@ -66,16 +66,16 @@ def test_torch_stateless_words():
 @pytest.mark.parametrize("offset", [0, 5, 2**32 - 8, 2**64 - 8, 2**63 - 3])
 @pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x0123456789ABCDEF])
 def test_vector_words_equal_scalar_words_across_carries(seed, offset):
-    """Sixteen counters, some of them past 2^32, 2^63 or 2^64, against the definition one by one."""
+    """A chunk of counters, some of them past 2^32, 2^63 or 2^64, against the definition one by one."""
     expected = []
-    for block in range(16):
+    for block in range(128):
         counter = (offset + block) % 2**64
         expected += fastvae._load.module.philox(
             10, [counter % 2**32, counter >> 32, 0, 0], [seed % 2**32, seed >> 32]
         )
     assert fastvae._load.module.philox_group(seed, offset, 0) == expected
     assert fastvae._load.module.philox_group(seed, offset - 16 & 2**64 - 1, 16) == expected
-    assert random.words(random.key(seed, offset), 16).flatten().tolist() == expected
+    assert random.words(random.key(seed, offset), 128).flatten().tolist() == expected
 
 
 def test_normals_equal_torch_stateless_generator(device):
@@ -244,6 +244,33 @@ def test_backward_draws_the_same_noise_where_z_minus_mu_has_lost_it():
     eps = random.normal(random.key(7), (64, 64)).double()
     torch.testing.assert_close(grad.double(), 0.5 * math.exp(-10) * eps, rtol=1e-5, atol=0)
     torch.testing.assert_close(draw((7, 0), 64, 64).double(), eps, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("op", ["reparameterize", "reparameterize_kl"])
+def test_gradient_chooses_between_z_minus_mu_and_replay_for_each_element_by_itself(op, device):
+    """|mu| / sigma from 1e-4 to 1e10 side by side: exact everywhere, whoever the neighbours are."""
+    g = torch.Generator().manual_seed(0)
+    mu = 10.0 ** (8.0 * torch.rand(64, 40, generator=g) - 4.0)
+    log_var = 8.0 * torch.rand(64, 40, generator=g) - 6.0
+    key = random.key(9, device=device)
+    grad_z = torch.ones(64, 40, device=device)
+
+    def gradient(mu, log_var, key):
+        mu, log_var = (x.to(device).requires_grad_() for x in (mu, log_var))
+        out = getattr(fastvae, op)(mu, log_var, key=key)
+        outputs = out if isinstance(out, tuple) else (out,)
+        return torch.autograd.grad(outputs, log_var, [torch.ones_like(o) for o in outputs])[0]
+
+    whole = gradient(mu, log_var, key)
+    sigma_eps = torch.exp(0.5 * log_var.double()) * random.normal(key, (64, 40)).double().cpu()
+    exact = 0.5 * grad_z.double().cpu() * sigma_eps
+    if op == "reparameterize_kl":
+        exact = exact + 0.5 * torch.expm1(log_var.double())
+    error = (whole.double().cpu() - exact).abs() / torch.exp(0.5 * log_var.double())
+    assert error.max() <= 64 * 2**-24
+    for row in range(64):
+        alone = gradient(mu[row], log_var[row], random.shard(key, row, 40))
+        assert torch.equal(alone, whole[row])
 
 
 def test_shard_gives_the_rows_of_one_process():

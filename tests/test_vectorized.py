@@ -17,8 +17,7 @@ FORMULAS = [
     f"{name}::{direction}"
     for header in sorted((ROOT / "csrc").glob("*.h"))
     for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header.read_text(), re.M | re.S)
-    for direction in ("Forward", "Backward")
-    if f"struct {direction}" in body
+    for direction in re.findall(r"struct ((?:Forward|Backward)\w*)", body)
 ]
 LOOPS = [
     *(f"evaluate<fastvae::{formula}, float>" for formula in FORMULAS),
