@@ -3,7 +3,9 @@
 // forward and backward, and two schemas (see gaussian.cpp).
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -163,6 +165,7 @@ Tensor chain_rule(const char* name, const Tensor& grad, const Tensor& derivative
 // On a CPU arithmetic is dear, so there an op in float32 or float64 may keep something for backward
 // (see keeps()), which then takes it as an optional tensor after the inputs. Either
 //
+//     static constexpr bool kKeepsDerivative = true;
 //     static std::tuple<Tensor, Tensor> forward_keeping(x, mu, log_var);
 //
 // takes the place of forward in training, with one output more, which is kept; or
@@ -216,7 +219,7 @@ struct Unpack<R(Args...)> {
 };
 
 template <class Op>
-concept KeepsDerivative = requires { &Op::forward_keeping; };
+concept KeepsDerivative = requires { requires Op::kKeepsDerivative; };
 template <class Op>
 concept KeepsSample = requires { requires Op::kKeepsSample; };
 
@@ -425,6 +428,67 @@ void define(torch::Library& m, const std::string& schema, const std::string& bac
   add(c10::DispatchKey::FuncTorchBatched, &Adapt::template adapt<&call_batched<Op>>);
   add(c10::DispatchKey::AutocastCPU, &Adapt::template adapt<&call_autocast<Op, c10::kCPU>>);
   add(c10::DispatchKey::AutocastCUDA, &Adapt::template adapt<&call_autocast<Op, c10::kCUDA>>);
+}
+
+// ---- sums over rows ---------------------------------------------------------------------------
+//
+// An op that is a RowSum (sweep.h) of named tensors and nothing else is its term:
+//
+//   static constexpr const char* kName = "laplace_log_prob";
+//   static constexpr const char* kArguments[] = {"x", "mu", "log_scale"};
+//   static constexpr bool kKeeps = false;   // whether training keeps the last one's derivative
+//
+// and define_row_sum<LaplaceLogProb>(m).
+
+template <class Sum, class Indices = std::make_index_sequence<Sum::kInputs>>
+struct RowSumOp;
+
+template <class Sum, size_t... I>
+struct RowSumOp<Sum, std::index_sequence<I...>> {
+  using Term = typename Sum::term;
+  template <size_t>
+  using Each = Tensor;
+  using Gradients = std::tuple<Each<I>...>;
+  static constexpr const char* kName = Term::kName;
+  static constexpr bool kKeepsDerivative = Term::kKeeps;
+
+  static RowOp op(const Each<I>&... inputs) { return {kName, {{Term::kArguments[I], inputs}...}}; }
+
+  static Tensor forward(const Each<I>&... inputs) {
+    return op(inputs...).template run<typename Sum::Forward>().row_sum;
+  }
+
+  static std::tuple<Tensor, Tensor> forward_keeping(const Each<I>&... inputs) {
+    auto result = op(inputs...).template run<typename Sum::ForwardKeeping>();
+    return {result.row_sum, result.outputs[0]};
+  }
+
+  static Gradients backward(const Tensor& grad, const Each<I>&... inputs,
+                            const std::optional<Tensor>& kept,
+                            std::array<bool, sizeof...(I)> wanted) {
+    std::array<Tensor, sizeof...(I)> gradients;
+    if (kept && std::none_of(wanted.begin(), wanted.end() - 1, std::identity{})) {
+      gradients.back() = chain_rule(kName, grad, *kept);
+    } else {
+      RowOp all = op(inputs...);
+      gradients = all.row_input("grad", grad).template run<typename Sum::Backward>(wanted).outputs;
+    }
+    return {std::move(gradients[I])...};
+  }
+};
+
+template <class Sum>
+void define_row_sum(torch::Library& m) {
+  using Term = typename Sum::term;
+  std::string inputs, gradients;
+  for (const char* name : Term::kArguments) {
+    inputs += std::string(inputs.empty() ? "" : ", ") + "Tensor " + name;
+    gradients += gradients.empty() ? "Tensor" : ", Tensor";
+  }
+  define<RowSumOp<Sum>>(m, "(" + inputs + ") -> Tensor",
+                        "(Tensor grad, " + inputs + ", Tensor? kept, bool[" +
+                            std::to_string(Sum::kInputs) + "] wanted) -> (" + gradients + ")",
+                        "(" + inputs + ") -> (Tensor, Tensor)");
 }
 
 }  // namespace fastvae

@@ -114,24 +114,6 @@ struct GaussianKlOp {
   }
 };
 
-struct GaussianLogProbOp {
-  static constexpr const char* kName = "gaussian_log_prob";
-
-  static Tensor forward(const Tensor& x, const Tensor& mu, const Tensor& log_var) {
-    RowOp op(kName, {{"x", x}, {"mu", mu}, {"log_var", log_var}});
-    return op.run<GaussianLogProb::Forward>().row_sum;
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
-                                                     const Tensor& mu, const Tensor& log_var,
-                                                     std::array<bool, 3> wanted) {
-    RowOp op(kName, {{"x", x}, {"mu", mu}, {"log_var", log_var}});
-    auto [d_x, d_mu, d_log_var] =
-        op.row_input("grad", grad).run<GaussianLogProb::Backward>(wanted).outputs;
-    return {d_x, d_mu, d_log_var};
-  }
-};
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
@@ -146,9 +128,7 @@ TORCH_LIBRARY_FRAGMENT(fastvae, m) {
                        "Tensor? log_var_p=None) -> Tensor",
                        "(Tensor grad_kl, Tensor mu_q, Tensor log_var_q, Tensor? mu_p, "
                        "Tensor? log_var_p, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
-  define<GaussianLogProbOp>(m, "(Tensor x, Tensor mu, Tensor log_var) -> Tensor",
-                            "(Tensor grad, Tensor x, Tensor mu, Tensor log_var, bool[3] wanted) "
-                            "-> (Tensor, Tensor, Tensor)");
+  define_row_sum<GaussianLogProb>(m);
 }
 
 }  // namespace fastvae

@@ -129,36 +129,32 @@ struct GaussianKl {
   // e^{-log_var / 2}, kept finite: a sample exactly at the mean scores 0, not 0 * inf.
   template <class T>
   static FASTVAE_HD T inverse_sigma(T log_var) {
-    return math::min(largest<T>(), math::exp(T(-0.5) * log_var));
-  }
-  template <class T>
-  static FASTVAE_HD constexpr T largest() {
-    return sizeof(T) == 8 ? T(1.7976931348623157e308) : T(3.4028234663852886e38f);
+    return math::min(math::largest<T>(), math::exp(T(-0.5) * log_var));
   }
 };
 
 // log N(x; mu, e^log_var) = -(log 2 pi + log_var + (x - mu)^2 e^-log_var) / 2
-struct GaussianLogProb {
+struct Gaussian {
+  static constexpr const char* kName = "gaussian_log_prob";
+  static constexpr int kInputs = 3;
+  static constexpr const char* kArguments[] = {"x", "mu", "log_var"};
+  static constexpr bool kKeeps = false;
   static constexpr double kLog2Pi = 1.837877066409345483560659472811;
 
-  struct Forward : Formula<Shape{.inputs = 3, .row_sums = 1}> {
-    template <class T>
-    static FASTVAE_HD Values<T, 1> eval(T x, T mu, T log_var) {
-      const T score = (x - mu) * GaussianKl::inverse_sigma(log_var);
-      const T finite_log_var = math::max(-GaussianKl::largest<T>(), log_var);  // not -inf + inf
-      return {{T(-0.5) * (T(kLog2Pi) + finite_log_var + score * score)}};
-    }
-  };
-
-  struct Backward : Formula<Shape{.inputs = 3, .row_inputs = 1, .outputs = 3}> {
-    template <class T>
-    static FASTVAE_HD Values<T, 3> eval(T x, T mu, T log_var, T grad) {
-      const T precision_root = GaussianKl::inverse_sigma(log_var);
-      const T score = (x - mu) * precision_root;
-      const T grad_mu = grad * (score * precision_root);
-      return {{-grad_mu, grad_mu, grad * (T(0.5) * (score * score - T(1)))}};
-    }
-  };
+  template <class T>
+  static FASTVAE_HD T term(T x, T mu, T log_var) {
+    const T score = (x - mu) * GaussianKl::inverse_sigma(log_var);
+    const T finite_log_var = math::max(-math::largest<T>(), log_var);  // not -inf + inf
+    return T(-0.5) * (T(kLog2Pi) + finite_log_var + score * score);
+  }
+  template <class T>
+  static FASTVAE_HD Values<T, 3> gradient(T x, T mu, T log_var) {
+    const T precision_root = GaussianKl::inverse_sigma(log_var);
+    const T score = (x - mu) * precision_root;
+    const T grad_mu = score * precision_root;
+    return {{-grad_mu, grad_mu, T(0.5) * (score * score - T(1))}};
+  }
 };
+using GaussianLogProb = RowSum<Gaussian>;
 
 }  // namespace fastvae

@@ -5,5 +5,7 @@
 namespace fastvae::cuda {
 
 FASTVAE_INSTANTIATE(BernoulliLogProb)
+FASTVAE_INSTANTIATE(ContinuousBernoulliLogProb)
+FASTVAE_INSTANTIATE(LaplaceLogProb)
 
 }  // namespace fastvae::cuda

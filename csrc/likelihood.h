@@ -7,38 +7,109 @@ namespace fastvae {
 
 // log Bernoulli(x; sigmoid(l)) = x l - softplus(l) = (x - [l > 0]) l - log(1 + e^-|l|)
 // The second form cannot cancel: at x = 1, l >> 0 it keeps every digit of -e^-l.
-struct BernoulliLogProb {
-  struct Forward : Formula<Shape{.inputs = 2, .row_sums = 1}> {
-    template <class T>
-    static FASTVAE_HD Values<T, 1> eval(T x, T logit) {
-      return {{log_prob(x, logit, math::exp(-math::abs(logit)))}};
-    }
-  };
-
-  // Keeps x - sigmoid(l) for backward, which then needs no exponential of its own.
-  struct ForwardKeeping
-      : Formula<Shape{.inputs = 2, .outputs = 1, .row_sums = 1, .cpu_only = true}> {
-    template <class T>
-    static FASTVAE_HD Values<T, 2> eval(T x, T logit) {
-      const T t = math::exp(-math::abs(logit));
-      return {{x - math::sigmoid(logit, t), log_prob(x, logit, t)}};
-    }
-  };
-
-  struct Backward : Formula<Shape{.inputs = 2, .row_inputs = 1, .outputs = 2}> {
-    template <class T>
-    static FASTVAE_HD Values<T, 2> eval(T x, T logit, T grad) {
-      const T t = math::exp(-math::abs(logit));
-      return {{grad * logit, grad * (x - math::sigmoid(logit, t))}};
-    }
-  };
+struct Bernoulli {
+  static constexpr const char* kName = "bernoulli_log_prob";
+  static constexpr int kInputs = 2;
+  static constexpr const char* kArguments[] = {"x", "logits"};
+  static constexpr bool kKeeps = true;  // x - sigmoid(l): backward needs no exponential of its own
 
   template <class T>
-  static FASTVAE_HD T log_prob(T x, T logit, T t) {  // t = e^-|l|
+  static FASTVAE_HD T term(T x, T logit) {
+    return linear(x, logit) - math::log1p_unit(math::exp(-math::abs(logit)));
+  }
+  template <class T>
+  static FASTVAE_HD Values<T, 2> gradient(T x, T logit) {
+    return {{logit, x - math::sigmoid(logit, math::exp(-math::abs(logit)))}};
+  }
+
+  // (x - [l > 0]) l; for a certain, right bet 0, not 0 * inf
+  template <class T>
+  static FASTVAE_HD T linear(T x, T logit) {
     const T miss = logit > T(0) ? x - T(1) : x;
-    const T linear = miss == T(0) ? T(0) : miss * logit;  // a certain, right bet: 0, not 0 * inf
-    return linear - math::log1p_unit(t);
+    return miss == T(0) ? T(0) : miss * logit;
   }
 };
+using BernoulliLogProb = RowSum<Bernoulli>;
+
+// The Bernoulli of x in [0, 1], normalised (Loaiza-Ganem & Cunningham 2019): with l the logit of
+// lambda, its log C(lambda) joins the softplus, and
+//   log p(x) = x l - log((e^l - 1) / l) = (x - [l > 0]) l + log(|l| / (1 - e^-|l|)),
+// or, where both terms vanish, (x - 1/2) l - log(sinh(l/2) / (l/2)) by its series.
+struct ContinuousBernoulli {
+  static constexpr const char* kName = "continuous_bernoulli_log_prob";
+  static constexpr int kInputs = 2;
+  static constexpr const char* kArguments[] = {"x", "logits"};
+  static constexpr bool kKeeps = true;
+
+  template <class T>
+  static FASTVAE_HD T term(T x, T logit) {
+    const T a = math::min(math::largest<T>(), math::abs(logit));
+    const T far = Bernoulli::linear(x, logit) +
+                  math::log_normal(math::max(T(1), a) / (T(-2) * math::half_expm1(-a)));
+    const T near = (x - T(0.5)) * logit - log_sinhc(logit * logit);
+    return a < T(1) ? near : far;
+  }
+  // d/dl = x - E[x], E[x] = 1 / (1 - e^-l) - 1 / l
+  template <class T>
+  static FASTVAE_HD Values<T, 2> gradient(T x, T logit) {
+    const T a = math::abs(logit);
+    const T lower = T(1) / math::max(T(1), a) - T(0.5) / math::half_expm1(a);  // at l = -a
+    const T far = logit < T(0) ? lower : T(1) - lower;
+    const T near = T(0.5) + logit * excess_mean(logit * logit);
+    return {{logit, x - (a < T(1) ? near : far)}};
+  }
+
+  // E[x] - 1/2 = l sum of c_n s^n, and log(sinh(l/2) / (l/2)) its integral, s sum of c_n s^n / 2n,
+  // c_n = B_2n / (2n)! of the Bernoulli numbers: to 1 ulp for s = l^2 <= 1.
+  static constexpr double kCoefficients[] = {
+      0.08333333333333333,    -0.001388888888888889,   3.306878306878307e-05,
+      -8.267195767195768e-07, 2.08767569878681e-08,    -5.284190138687493e-10,
+      1.3382536530684679e-11, -3.3896802963225827e-13, 8.586062056277845e-15,
+      -2.174868698558062e-16, 5.5090028283602295e-18};
+  template <class T>
+  static FASTVAE_HD T excess_mean(T s) {
+    T sum = T(0);
+    FASTVAE_UNROLL
+    for (int n = kTerms<T> - 1; n >= 0; --n) sum = sum * s + T(kCoefficients[n]);
+    return sum;
+  }
+  template <class T>
+  static FASTVAE_HD T log_sinhc(T s) {
+    T sum = T(0);
+    FASTVAE_UNROLL
+    for (int n = kTerms<T> - 1; n >= 0; --n) sum = sum * s + T(kCoefficients[n] / (2 * n + 2));
+    return s * sum;
+  }
+  template <class T>
+  static constexpr int kTerms = sizeof(T) == 8 ? 11 : 6;
+};
+using ContinuousBernoulliLogProb = RowSum<ContinuousBernoulli>;
+
+// log Laplace(x; mu, b) = -log 2 - log b - |x - mu| / b,   b = e^{log_scale}
+struct Laplace {
+  static constexpr const char* kName = "laplace_log_prob";
+  static constexpr int kInputs = 3;
+  static constexpr const char* kArguments[] = {"x", "mu", "log_scale"};
+  static constexpr bool kKeeps = false;
+  static constexpr double kLog2 = 0.693147180559945309417232121458;
+
+  template <class T>
+  static FASTVAE_HD T term(T x, T mu, T log_scale) {
+    const T finite = math::max(-math::largest<T>(), log_scale);  // not -inf + inf
+    return -T(kLog2) - finite - math::abs(deviation(x, mu, log_scale));
+  }
+  template <class T>
+  static FASTVAE_HD Values<T, 3> gradient(T x, T mu, T log_scale) {
+    const T d = deviation(x, mu, log_scale), r = math::exp(-log_scale);
+    const T slope = d > T(0) ? r : (d < T(0) ? -r : d);  // 0 at the mean, as in torch; NaN stays
+    return {{-slope, slope, math::abs(d) - T(1)}};
+  }
+  // (x - mu) / b; exactly at the mean 0, not 0 * inf
+  template <class T>
+  static FASTVAE_HD T deviation(T x, T mu, T log_scale) {
+    return x == mu ? T(0) : (x - mu) * math::exp(-log_scale);
+  }
+};
+using LaplaceLogProb = RowSum<Laplace>;
 
 }  // namespace fastvae

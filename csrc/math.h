@@ -40,6 +40,10 @@ template <class T>
 FASTVAE_HD T min(T a, T b) {
   return a < b ? a : b;
 }
+template <class T>
+FASTVAE_HD constexpr T largest() {
+  return sizeof(T) == 8 ? T(1.7976931348623157e308) : T(3.4028234663852886e38f);
+}
 FASTVAE_HD float abs(float x) { return from_bits(to_bits(x) & 0x7fffffffu); }
 FASTVAE_HD double abs(double x) { return x < 0 ? -x : x; }
 

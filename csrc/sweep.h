@@ -16,6 +16,8 @@
 // that.
 #pragma once
 
+#include <utility>
+
 #include "math.h"
 
 #if defined(__CUDACC__)  // the device converts in one instruction what the host does bit by bit
@@ -44,6 +46,52 @@ struct Formula {
 template <class T, int N>
 struct Values {
   T v[N];
+};
+
+// The two formulas of a sum over rows that is known by its term and the term's gradient:
+//
+//   struct Laplace {
+//     static constexpr int kInputs = 3;
+//     template <class T>
+//     static FASTVAE_HD T term(T x, T mu, T log_scale);
+//     template <class T>
+//     static FASTVAE_HD Values<T, 3> gradient(T x, T mu, T log_scale);
+//   };
+//   using LaplaceLogProb = RowSum<Laplace>;
+template <class Term>
+struct RowSum {
+  using term = Term;
+  static constexpr int kInputs = Term::kInputs;
+
+  struct Forward : Formula<Shape{.inputs = kInputs, .row_sums = 1}> {
+    template <class T, class... Rest>
+    static FASTVAE_HD Values<T, 1> eval(T first, Rest... rest) {
+      return {{Term::template term<T>(first, rest...)}};
+    }
+  };
+
+  // Also gives the last input's derivative, which is kept for backward.
+  struct ForwardKeeping
+      : Formula<Shape{.inputs = kInputs, .outputs = 1, .row_sums = 1, .cpu_only = true}> {
+    template <class T, class... Rest>
+    static FASTVAE_HD Values<T, 2> eval(T first, Rest... rest) {
+      return {{Term::template gradient<T>(first, rest...).v[kInputs - 1],
+               Term::template term<T>(first, rest...)}};
+    }
+  };
+
+  struct Backward : Formula<Shape{.inputs = kInputs, .row_inputs = 1, .outputs = kInputs}> {
+    template <class T, class... Rest>  // the inputs, then the gradient of the sum
+    static FASTVAE_HD Values<T, kInputs> eval(T first, Rest... rest) {
+      const T arguments[] = {first, rest...};
+      return scale(arguments, std::make_index_sequence<kInputs>{});
+    }
+    template <class T, size_t... I>
+    static FASTVAE_HD Values<T, kInputs> scale(const T* arguments, std::index_sequence<I...>) {
+      const Values<T, kInputs> gradient = Term::template gradient<T>(arguments[I]...);
+      return {{(arguments[kInputs] * gradient.v[I])...}};
+    }
+  };
 };
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };

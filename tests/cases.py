@@ -28,6 +28,10 @@ def binary(shape: Shape, g: torch.Generator) -> Tensor:
     return torch.randint(2, shape, generator=g).double()
 
 
+def uniform(shape: Shape, g: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=g, dtype=torch.float64)
+
+
 standard_normal = normal()
 
 
@@ -132,6 +136,23 @@ def _eager_bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     return -bce(logits, x.expand_as(logits), reduction="none").sum(-1)
 
 
+def _eager_continuous_bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
+    # as users write it: the constant in lambda, a Taylor series around 1/2
+    probs = torch.sigmoid(logits)
+    off = (probs < 0.499) | (probs > 0.501)
+    cut = torch.where(off, probs, 0.499)
+    log_c = torch.log((torch.log1p(-cut) - torch.log(cut)).abs()) - torch.log((1 - 2 * cut).abs())
+    square = (probs - 0.5).square()
+    taylor = math.log(2.0) + (4.0 / 3.0 + 104.0 / 45.0 * square) * square
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    score = -bce(logits, x.expand_as(logits), reduction="none")
+    return (score + torch.where(off, log_c, taylor)).sum(-1)
+
+
+def _eager_laplace_log_prob(x: Tensor, mu: Tensor, log_scale: Tensor) -> Tensor:
+    return -(math.log(2.0) + log_scale + (x - mu).abs() / log_scale.exp()).sum(-1)
+
+
 # --- and with torch.distributions -----------------------------------------------------------------
 
 _d = torch.distributions
@@ -224,5 +245,29 @@ CASES: tuple[Case, ...] = (
         bench=((128, 784), (4096, 784)),
         bytes_forward=2,
         bytes_full=5,
+    ),
+    Case(
+        op="continuous_bernoulli_log_prob",
+        inputs=(Input("x", uniform, data=True), Input("logits", normal(3.0))),
+        outputs=("row",),
+        eager=_eager_continuous_bernoulli_log_prob,
+        distributions=lambda x, logits: (
+            _d.ContinuousBernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
+        ),
+        bench=((128, 784), (4096, 784)),
+        bytes_forward=2,
+        bytes_full=5,
+    ),
+    Case(
+        op="laplace_log_prob",
+        inputs=(Input("x", data=True), Input("mu"), Input("log_scale")),
+        outputs=("row",),
+        eager=_eager_laplace_log_prob,
+        distributions=lambda x, mu, log_scale: (
+            _d.Laplace(mu, log_scale.exp(), validate_args=False).log_prob(x).sum(-1)
+        ),
+        bench=((128, 784), (4096, 256)),
+        bytes_forward=3,
+        bytes_full=8,
     ),
 )

@@ -113,6 +113,25 @@ def test_log_prob_at_zero_variance_is_inf_not_nan(device):
         assert fastvae.gaussian_log_prob(x, x, v).item() > 40
 
 
+def test_continuous_bernoulli_keeps_its_digits_around_one_half(device):
+    """logit -> 0 is lambda -> 1/2, where log C(lambda) is log 2 + O(logit^2)."""
+    sizes = torch.cat([torch.logspace(-30, 2, 4001), torch.tensor([0.99, 1.0, 1.01])])
+    logits = torch.cat([sizes, -sizes]).to(device)[:, None].requires_grad_()
+    exact = logits.detach().double().cpu().numpy().astype(np.longdouble)
+    for x in (0.0, 0.3, 1.0):
+        value = fastvae.continuous_bernoulli_log_prob(torch.full_like(logits, x), logits)
+        (grad,) = torch.autograd.grad(value.sum(), logits)
+        a, p = exact, np.longdouble(np.float32(x))
+        far = np.abs(a) > 1e-3
+        big = np.where(far, a, 1.0)
+        log_c = np.where(far, np.log(np.expm1(big) / big), a / 2 + a**2 / 24 - a**4 / 2880)
+        mean = np.where(far, 1 / -np.expm1(-big) - 1 / big, 0.5 + a / 12 - a**3 / 720)
+        error = np.abs(value.detach().cpu().numpy()[:, None] - (p * a - log_c))
+        assert (error <= 2e-7 * (np.abs(p * a) + np.abs(log_c))).all()
+        error = np.abs(grad.cpu().numpy() - (p - mean))
+        assert (error <= 5e-7 * (p + mean)).all()
+
+
 @pytest.mark.parametrize("logit", [0.0, 1e-8, 20.0, 88.0, 104.0, 1e4, math.inf])
 def test_bernoulli_far_out(logit, device):
     """A certain and right bet costs e^-|l|; a certain and wrong one |l|."""

@@ -66,7 +66,7 @@ def test_torch_stateless_words():
 @pytest.mark.parametrize("offset", [0, 5, 2**32 - 8, 2**64 - 8, 2**63 - 3])
 @pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x0123456789ABCDEF])
 def test_vector_words_equal_scalar_words_across_carries(seed, offset):
-    """A chunk of counters, some of them past 2^32, 2^63 or 2^64, against the definition one by one."""
+    """Counters past 2^32, 2^63 or 2^64 within a chunk, against the definition one by one."""
     expected = []
     for block in range(128):
         counter = (offset + block) % 2**64

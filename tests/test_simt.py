@@ -100,7 +100,7 @@ class Case:
         spec, item = self.spec, self.inputs[0].element_size()
         message = [
             struct.pack(
-                "<32s17q",
+                "<64s17q",
                 self.formula.encode(),
                 DTYPES.index(self.dtype),
                 *self.inputs[0].shape,
@@ -240,6 +240,36 @@ def standard_kl(m, v):
     return (m**2 + torch.expm1(v) - v) / 2
 
 
+def bernoulli_log_prob(x, a):
+    return x * a - torch.nn.functional.softplus(a, threshold=60)
+
+
+def continuous_bernoulli_log_prob(x, a):
+    """e^xa over its integral on [0, 1], by Gauss-Legendre quadrature."""
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    integral = sum(w / 2 * torch.exp((u + 1) / 2 * a) for u, w in zip(nodes, weights, strict=True))
+    return x * a - torch.log(integral)
+
+
+def laplace_log_prob(x, m, s):
+    return -(math.log(2) + s + (x - m).abs() * torch.exp(-s))
+
+
+def row_sum(name, term, inputs):
+    """Forward and backward of a RowSum, from its term: autograd knows the gradient."""
+
+    def backward(*arguments):
+        *inputs, grad = arguments
+        inputs = [x.detach().requires_grad_() for x in torch.broadcast_tensors(*inputs)]
+        slopes = torch.autograd.grad(term(*inputs).sum(), inputs)
+        return [grad * slope for slope in slopes], None
+
+    return {
+        f"{name}.Forward": Formula(lambda *xs: ([], term(*xs)), inputs, row_sum=True),
+        f"{name}.Backward": Formula(backward, inputs, outputs=inputs, row_input=True),
+    }
+
+
 FORMULAS = {
     "Reparameterize.Forward": Formula(
         lambda m, v, e: ([m + torch.exp(v / 2) * e], None), 2, outputs=1, noise=True
@@ -285,28 +315,10 @@ FORMULAS = {
         outputs=4,
         row_input=True,
     ),
-    "GaussianLogProb.Forward": Formula(
-        lambda x, m, v: ([], gaussian_log_prob(x, m, v)), 3, row_sum=True
-    ),
-    "GaussianLogProb.Backward": Formula(
-        lambda x, m, v, g: (
-            [
-                g * (m - x) * torch.exp(-v),
-                g * (x - m) * torch.exp(-v),
-                g * ((x - m) ** 2 * torch.exp(-v) - 1) / 2,
-            ],
-            None,
-        ),
-        3,
-        outputs=3,
-        row_input=True,
-    ),
-    "BernoulliLogProb.Forward": Formula(
-        lambda x, a: ([], x * a - torch.nn.functional.softplus(a, threshold=60)), 2, row_sum=True
-    ),
-    "BernoulliLogProb.Backward": Formula(
-        lambda x, a, g: ([g * a, g * (x - torch.sigmoid(a))], None), 2, outputs=2, row_input=True
-    ),
+    **row_sum("GaussianLogProb", gaussian_log_prob, 3),
+    **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
+    **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
+    **row_sum("LaplaceLogProb", laplace_log_prob, 3),
 }
 
 # Of the largest value: a handful of roundings in the formula, then one to the storage type.
@@ -468,7 +480,7 @@ def test_row_sums_stay_accurate(program: Path, dtype: torch.dtype, lend: bool) -
 @pytest.mark.parametrize("offset", [0, 12345, 2**32 - 2, 2**64 - 1])
 @pytest.mark.parametrize("seed", [0, 42, 2**64 - 3])
 def test_philox_words(program: Path, seed: int, offset: int) -> None:
-    header = struct.pack("<32s17Q", b"philox", 0, 1, 1, 8, *[0] * 11, seed, offset)
+    header = struct.pack("<64s17Q", b"philox", 0, 1, 1, 8, *[0] * 11, seed, offset)
     done = subprocess.run([program], input=header, capture_output=True, check=True)
     assert np.array_equal(
         np.frombuffer(done.stdout, np.uint32).reshape(-1, 4), words((seed, offset), 0, 8)

@@ -24,7 +24,7 @@ namespace {
 using namespace fastvae;
 
 struct Header {  // test_simt.py packs the same
-  char name[32];
+  char name[64];
   int64_t dtype, outer, inner, columns;
   int64_t inputs, row_inputs, outputs, row_sums;  // how many
   int64_t wanted;                                 // bit k: output k
