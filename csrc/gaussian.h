@@ -46,7 +46,7 @@ struct Reparameterize {
   template <class T>
   static FASTVAE_HD bool surely_recovers(T mu, T log_var) {
     constexpr T kLn2 = T(0.6931471805599453);
-    const T bound = T(math::exponent(mu * mu) - 11) * kLn2;  // > log(mu^2 / 64^2)
+    const T bound = (math::exponent(mu * mu) - T(11)) * kLn2;  // > log(mu^2 / 64^2)
     return bound <= log_var && log_var < T(80);
   }
 };

@@ -1,8 +1,10 @@
 // Scalar maths for the formulas: branch-free, so that a loop over lanes becomes vector code, and
 // the same source on host and device, so that CPU and GPU agree to a few ulp.
 //
-// The float overloads are polynomials (libm is not vectorised without -ffast-math); the double ones
-// call the standard library. Accuracy is stated per function and held by tests/test_math.py.
+// All are polynomials, because libm is not vectorised without -ffast-math. float and double differ
+// in their coefficients and in Real<T> only; each stated accuracy is that of both, and is held by
+// tests/test_math.py. Integers are unsigned, as wide as T, and added and shifted only: AVX2 has
+// no more for 64 bits.
 // No header of torch or of a SIMD instruction set belongs here.
 #pragma once
 
@@ -22,15 +24,44 @@
 
 namespace fastvae::math {
 
-inline constexpr float kLn2Hi = 0x1.62e4p-1f;  // 15 bits, so that n * kLn2Hi is exact
-inline constexpr float kLn2Lo = 0x1.7f7d1cp-20f;
+// What there is to know of a type.
+template <class T>
+struct Real;
+template <>
+struct Real<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissa = 23;
+  static constexpr Bits kBias = 127;
+  static constexpr float kLn2Hi = 0x1.62e4p-1f;  // 15 bits, so that n * kLn2Hi is exact
+  static constexpr float kLn2Lo = 0x1.7f7d1cp-20f;
+  // Where exponentials end: e^x is 0 below the first. 2^n / 2, with n of e^x, is 0 at the second,
+  // normal from the third on, and finite up to the last.
+  static constexpr float kExpZero = -104, kExpTiny = -87.3f, kExpSmall = -87, kExpLarge = 89;
+};
+template <>
+struct Real<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissa = 52;
+  static constexpr Bits kBias = 1023;
+  static constexpr double kLn2Hi = 0x1.62e42fefa38p-1;  // 42 bits
+  static constexpr double kLn2Lo = 0x1.ef35793c7673p-45;
+  static constexpr double kExpZero = -746, kExpTiny = -708.3, kExpSmall = -708, kExpLarge = 710;
+};
+template <class T>
+using Bits = typename Real<T>::Bits;
 
-// A float whose low mantissa bits hold the nearest integer of what was added to it: rounding and
+FASTVAE_HD constexpr float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+FASTVAE_HD constexpr double from_bits(uint64_t bits) { return __builtin_bit_cast(double, bits); }
+FASTVAE_HD constexpr uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+FASTVAE_HD constexpr uint64_t to_bits(double x) { return __builtin_bit_cast(uint64_t, x); }
+
+// A number whose low mantissa bits hold the nearest integer of what was added to it: rounding and
 // conversion to int in one addition, defined for every input (a cast of NaN would not be).
-inline constexpr float kRoundMagic = 0x1.8p23f;
+template <class T>
+inline constexpr T kRoundMagic = T(3) * T(Bits<T>(1) << (Real<T>::kMantissa - 1));
 
-FASTVAE_HD float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-FASTVAE_HD uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+template <class T>
+inline constexpr T kInfinity = T(__builtin_inf());
 
 template <class T>
 FASTVAE_HD T max(T a, T b) {
@@ -44,44 +75,73 @@ template <class T>
 FASTVAE_HD constexpr T largest() {
   return sizeof(T) == 8 ? T(1.7976931348623157e308) : T(3.4028234663852886e38f);
 }
-FASTVAE_HD float abs(float x) { return from_bits(to_bits(x) & 0x7fffffffu); }
-FASTVAE_HD double abs(double x) { return x < 0 ? -x : x; }
+template <class T>
+FASTVAE_HD T abs(T x) {
+  return from_bits(to_bits(x) & (~Bits<T>(0) >> 1));
+}
 
 // The exponent of x: 2^exponent(x) <= |x| < 2^(exponent(x) + 1) for a normal x.
-FASTVAE_HD int32_t exponent(float x) { return static_cast<int32_t>(to_bits(x) << 1 >> 24) - 127; }
-FASTVAE_HD int32_t exponent(double x) {
-  return static_cast<int32_t>(__builtin_bit_cast(uint64_t, x) << 1 >> 53) - 1023;
+template <class T>
+FASTVAE_HD T exponent(T x) {
+  constexpr T kOnes = T(Bits<T>(1) << Real<T>::kMantissa);  // whose lowest bits count ones
+  return from_bits(to_bits(kOnes) + (to_bits(abs(x)) >> Real<T>::kMantissa)) -
+         (kOnes + T(Real<T>::kBias));
 }
 
-// x = n ln 2 + r with |r| <= ln(2)/2, and e^r - 1.
+FASTVAE_HD float sqrt(float x) { return ::sqrtf(x); }
+FASTVAE_HD double sqrt(double x) { return ::sqrt(x); }
+
+// 2^n for -bias < n <= bias, 0 for n = -bias.
+template <class T>
+FASTVAE_HD T power_of_two(Bits<T> n) {
+  return from_bits((n + Real<T>::kBias) << Real<T>::kMantissa);
+}
+
+// The polynomial with these coefficients, that of the highest power first.
+template <class T, class... Rest>
+FASTVAE_HD T horner(T x, T p, Rest... rest) {
+  ((p = p * x + rest), ...);
+  return p;
+}
+
+// ---- e^x ----
+
+// (e^r - 1 - r) / r^2 for |r| <= ln(2)/2
+FASTVAE_HD float exp_quotient(float r) {
+  return horner(r, 0x1.6c6a12p-10f, 0x1.120bb8p-7f, 0x1.5555bap-5f, 0x1.5554dcp-3f, 0.5f);
+}
+FASTVAE_HD double exp_quotient(double r) {
+  return horner(r, 0x1.1ef56e79e8098p-29, 0x1.af5e1ab056f6p-26, 0x1.27e52b6acee93p-22,
+                0x1.71ddf8d17037cp-19, 0x1.a01a0182b84dcp-16, 0x1.a01a01afa3a7fp-13,
+                0x1.6c16c16c1ce5dp-10, 0x1.111111110f788p-7, 0x1.5555555555548p-5,
+                0x1.5555555555559p-3, 0.5);
+}
+
+// x = n ln 2 + r with |r| <= ln(2)/2, and e^r - 1. n is in two's complement.
+template <class T>
 struct ExpReduction {
-  int32_t n;
-  float expm1_r;
+  Bits<T> n;
+  T expm1_r;
 };
 
-FASTVAE_HD ExpReduction reduce_exp(float x) {
-  const float shifted = x * 0x1.715476p0f + kRoundMagic;
-  const float n = shifted - kRoundMagic;
-  const float r = (x - n * kLn2Hi) - n * kLn2Lo;
-  float p = 0x1.6c6a12p-10f;
-  p = p * r + 0x1.120bb8p-7f;
-  p = p * r + 0x1.5555bap-5f;
-  p = p * r + 0x1.5554dcp-3f;
-  p = p * r + 0.5f;
-  return {static_cast<int32_t>(to_bits(shifted) - to_bits(kRoundMagic)), p * (r * r) + r};
+template <class T>
+FASTVAE_HD ExpReduction<T> reduce_exp(T x) {
+  const T shifted = x * T(0x1.71547652b82fep0) + kRoundMagic<T>;
+  const T n = shifted - kRoundMagic<T>;
+  const T r = (x - n * Real<T>::kLn2Hi) - n * Real<T>::kLn2Lo;
+  return {to_bits(shifted) - to_bits(kRoundMagic<T>), exp_quotient(r) * (r * r) + r};
 }
 
-FASTVAE_HD float power_of_two(int32_t n) {  // 2^n for -127 < n < 128
-  return from_bits(static_cast<uint32_t>(n + 127) << 23);
+// e^x, 1.5 ulp; +inf past the range, subnormal results kept, NaN passes.
+template <class T>
+FASTVAE_HD T exp(T x) {
+  using R = Real<T>;
+  const ExpReduction<T> e = reduce_exp(min(R::kExpLarge, max(R::kExpZero, x)));
+  // Two factors: 2^128 and 2^-149 do not fit in one. Their biased exponents add up to this.
+  const Bits<T> n = e.n + 2 * R::kBias, half = n >> 1;
+  return (e.expm1_r + T(1)) * from_bits(half << R::kMantissa) *
+         from_bits((n - half) << R::kMantissa);
 }
-
-// e^x, 1.5 ulp; +inf above 88.73, subnormal results kept, NaN passes.
-FASTVAE_HD float exp(float x) {
-  const ExpReduction e = reduce_exp(min(89.0f, max(-104.0f, x)));
-  const int32_t half = e.n >> 1;  // two factors: 2^128 and 2^-149 do not fit in one
-  return (e.expm1_r + 1.0f) * power_of_two(half) * power_of_two(e.n - half);
-}
-FASTVAE_HD double exp(double x) { return std::exp(x); }
 
 // ---- what a KL divergence is made of ----
 //
@@ -89,156 +149,165 @@ FASTVAE_HD double exp(double x) { return std::exp(x); }
 // t = e^r - 1 - r = r^2 (1/2 + r/6 + ...), which is computed as such,
 //   e^x - 1 - x = 2^n t + (2^n - 1)(1 + r) - n ln 2:
 // for n = 0 it is t. The worst is the smallest |x| with n != 0; hence n = 0 up to |x| = 0.52.
-struct TailReduction {
-  int32_t n;
-  float n_float, r, t;
-};
 
-FASTVAE_HD TailReduction reduce_tail(float x) {
-  const float shifted = x * 0x1.715476p0f + kRoundMagic;
-  const bool near = abs(x) < 0.52f;
-  const float n = near ? 0.0f : shifted - kRoundMagic;
-  const float r = (x - n * kLn2Hi) - n * kLn2Lo;
-  float p = 0x1.a0e16ap-13f;
-  p = p * r + 0x1.6ebaa4p-10f;
-  p = p * r + 0x1.11123cp-7f;
-  p = p * r + 0x1.555332p-5f;
-  p = p * r + 0x1.555554p-3f;
-  p = p * r + 0.5f;
-  const uint32_t rounded = to_bits(shifted) - to_bits(kRoundMagic);
-  return {near ? 0 : static_cast<int32_t>(rounded), n, r, p * (r * r)};
+// (e^r - 1 - r) / r^2 for |r| <= 0.52
+FASTVAE_HD float exp_quotient_wide(float r) {
+  return horner(r, 0x1.a0e16ap-13f, 0x1.6ebaa4p-10f, 0x1.11123cp-7f, 0x1.555332p-5f, 0x1.555554p-3f,
+                0.5f);
+}
+FASTVAE_HD double exp_quotient_wide(double r) {
+  return horner(r, 0x1.618eadc447035p-33, 0x1.202fb12a2517ap-29, 0x1.ae64e69628a6cp-26,
+                0x1.27e43c7c5544fp-22, 0x1.71de39d40fb7ep-19, 0x1.a01a0206d329cp-16,
+                0x1.a01a01a061684p-13, 0x1.6c16c16bfea86p-10, 0x1.111111111102cp-7,
+                0x1.555555555559p-5, 0x1.5555555555556p-3, 0.5);
 }
 
-inline constexpr float kInfinity = __builtin_inff();
+template <class T>
+struct TailReduction {
+  Bits<T> n;
+  T n_value, r, t;
+};
+
+template <class T>
+FASTVAE_HD TailReduction<T> reduce_tail(T x) {
+  const T shifted = x * T(0x1.71547652b82fep0) + kRoundMagic<T>;
+  const bool near = abs(x) < T(0.52f);
+  const T n = near ? T(0) : shifted - kRoundMagic<T>;
+  const T r = (x - n * Real<T>::kLn2Hi) - n * Real<T>::kLn2Lo;
+  return {near ? Bits<T>(0) : to_bits(shifted) - to_bits(kRoundMagic<T>), n, r,
+          exp_quotient_wide(r) * (r * r)};
+}
 
 // (e^x - 1) / 2, 2 ulp, also at |x| << 1. Half of it, because that is the gradient of a KL, and
 // because 2^n / 2 still fits where 2^n does not.
-FASTVAE_HD float half_expm1(float x) {
-  const ExpReduction e = reduce_exp(min(89.0f, max(-87.0f, x)));
-  const float s = power_of_two(e.n - 1);
-  const float y = s * e.expm1_r + (s - 0.5f);
-  return x > 89.0f ? kInfinity : y;
+template <class T>
+FASTVAE_HD T half_expm1(T x) {
+  using R = Real<T>;
+  const ExpReduction<T> e = reduce_exp(min(R::kExpLarge, max(R::kExpSmall, x)));
+  const T s = power_of_two<T>(e.n - 1);
+  const T y = s * e.expm1_r + (s - T(0.5));
+  return x > R::kExpLarge ? kInfinity<T> : y;
 }
-FASTVAE_HD double half_expm1(double x) { return 0.5 * std::expm1(x); }
 
-// (e^x - 1 - x) / 2 >= 0, 3 ulp, also at |x| << 1.
-FASTVAE_HD float half_expm1_minus(float x) {
-  const float inside = min(89.0f, max(-87.0f, x));
-  const TailReduction e = reduce_tail(inside);
-  const float s = power_of_two(e.n - 1), m = s - 0.5f;
-  const float c = (m - e.n_float * (0.5f * kLn2Hi)) - e.n_float * (0.5f * kLn2Lo);
-  const float y = s * e.t + (m * e.r + c) + 0.5f * (inside - x);  // linear where e^x is nothing
-  return x > 89.0f ? kInfinity : y;
-}
-FASTVAE_HD double half_expm1_minus(double x) {
-  if (!(abs(x) < 0.5)) return 0.5 * (std::expm1(x) - min(1.7976931348623157e308, x));
-  double q = 0;  // sum of x^k / (k + 2)!, Horner: 1/2 (1 + x/3 (1 + x/4 (...)))
-  for (int k = 17; k >= 3; --k) q = (1.0 + q) * x / k;
-  return 0.25 * x * x * (1.0 + q);
+// (e^x - 1 - x) / 2 >= 0, 3.2 ulp, also at |x| << 1.
+template <class T>
+FASTVAE_HD T half_expm1_minus(T x) {
+  using R = Real<T>;
+  const T inside = min(R::kExpLarge, max(R::kExpSmall, x));
+  const TailReduction<T> e = reduce_tail(inside);
+  const T s = power_of_two<T>(e.n - 1), m = s - T(0.5);
+  const T c = (m - e.n_value * (T(0.5) * R::kLn2Hi)) - e.n_value * (T(0.5) * R::kLn2Lo);
+  const T y = s * e.t + (m * e.r + c) + T(0.5) * (inside - x);  // linear where e^x is nothing
+  return x > R::kExpLarge ? kInfinity<T> : y;
 }
 
 // Both, and e^{x/2}, from one reduction: x/2 = n ln 2 + r and m = e^r - 1 = r + t, so that
 // e^{x/2} = 2^n (1 + m), e^x = 2^{2n} (1 + m)^2 and (1 + m)^2 - 1 - 2r = m^2 + 2t.
 template <class T>
 struct HalfExp {
-  T exp_half;          // e^{x/2}, 2 ulp; 0 below 2^-125
+  T exp_half;          // e^{x/2}, 2 ulp; 0 below twice the smallest normal number
   T half_expm1;        // (e^x - 1) / 2, 3 ulp
   T half_expm1_minus;  // (e^x - 1 - x) / 2, 4 ulp
 };
-FASTVAE_HD HalfExp<float> half_exp(float x) {
-  const float y = min(89.0f, max(-87.3f, 0.5f * x));
-  const TailReduction e = reduce_tail(y);
-  const float m = e.r + e.t;
-  const float s = power_of_two(max(2 * e.n - 1, -127)), s_minus = s - 0.5f;  // s = 2^{2n} / 2
-  const float c = (s_minus - e.n_float * kLn2Hi) - e.n_float * kLn2Lo;
-  const float expm1 = s * (m * m + 2.0f * m) + s_minus;
-  const float minus = s * (m * m + 2.0f * e.t) + (s_minus * (2.0f * e.r) + c) + (y - 0.5f * x);
-  return {(2.0f * m + 2.0f) * power_of_two(e.n - 1), x > 89.0f ? kInfinity : expm1,
-          x > 89.0f ? kInfinity : minus};
+template <class T>
+FASTVAE_HD HalfExp<T> half_exp(T x) {
+  using R = Real<T>;
+  const T y = min(R::kExpLarge, max(R::kExpTiny, T(0.5) * x));
+  const TailReduction<T> e = reduce_tail(y);
+  const T m = e.r + e.t;
+  const T half = power_of_two<T>(e.n - 1);
+  const T s = (half + half) * half, s_minus = s - T(0.5);  // s = 2^{2n} / 2
+  const T c = (s_minus - e.n_value * R::kLn2Hi) - e.n_value * R::kLn2Lo;
+  const T expm1 = s * (m * m + T(2) * m) + s_minus;
+  const T minus = s * (m * m + T(2) * e.t) + (s_minus * (T(2) * e.r) + c) + (y - T(0.5) * x);
+  return {(T(2) * m + T(2)) * half, x > R::kExpLarge ? kInfinity<T> : expm1,
+          x > R::kExpLarge ? kInfinity<T> : minus};
 }
-FASTVAE_HD HalfExp<double> half_exp(double x) {
-  return {std::exp(0.5 * x), half_expm1(x), half_expm1_minus(x)};
+
+// ---- log ----
+
+// (log(1 + f) - f + f^2/2) / f^3 for sqrt(1/2) - 1 <= f <= sqrt(2) - 1
+FASTVAE_HD float log1p_quotient(float f) {
+  return horner(f, -0x1.469e42p-4f, 0x1.032ffcp-3f, -0x1.0a0552p-3f, 0x1.230516p-3f,
+                -0x1.54d1d0p-3f, 0x1.999fe6p-3f, -0x1.0000ccp-2f, 0x1.555554p-2f);
+}
+FASTVAE_HD double log1p_quotient(double f) {
+  return horner(
+      f, 0x1.ac7545075b307p-6, -0x1.ea05c6d03b1f7p-5, 0x1.0a622916b137ap-4, -0x1.d11fb5d091a79p-5,
+      0x1.d05a69e37c77cp-5, -0x1.fba1c2a93446cp-5, 0x1.11cd00b70b8edp-4, -0x1.24d74ec35a24ap-4,
+      0x1.3b0b89098ebfap-4, -0x1.5550ee713fee7p-4, 0x1.745d3f1da8d78p-4, -0x1.9999c26b7a5b7p-4,
+      0x1.c71c71e00f2aap-4, -0x1.ffffff2bf4b34p-4, 0x1.24924922a3ed8p-3, -0x1.555555566b3abp-3,
+      0x1.999999999f756p-3, -0x1.fffffffffef14p-3, 0x1.5555555555533p-2);
 }
 
 // log(1 + f) for sqrt(1/2) - 1 <= f <= sqrt(2) - 1, 1 ulp, also at |f| << 1.
-FASTVAE_HD float log1p_near_one(float f) {
-  float p = -0x1.469e42p-4f;
-  p = p * f + 0x1.032ffcp-3f;
-  p = p * f - 0x1.0a0552p-3f;
-  p = p * f + 0x1.230516p-3f;
-  p = p * f - 0x1.54d1d0p-3f;
-  p = p * f + 0x1.999fe6p-3f;
-  p = p * f - 0x1.0000ccp-2f;
-  p = p * f + 0x1.555554p-2f;
-  return f + f * f * (f * p - 0.5f);
+template <class T>
+FASTVAE_HD T log1p_near_one(T f) {
+  return f + f * f * (f * log1p_quotient(f) - T(0.5));
 }
 
 // log(x) for a normal x > 0, 2 ulp, also at x -> 1.
-FASTVAE_HD float log_normal(float x) {
-  const uint32_t offset = to_bits(x) - 0x3f3504f3u;  // exponent counted from sqrt(1/2)
-  const int32_t n = static_cast<int32_t>(offset) >> 23;
-  const float f = from_bits((offset & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-  return static_cast<float>(n) * 0x1.62e430p-1f + log1p_near_one(f);
+template <class T>
+FASTVAE_HD T log_normal(T x) {
+  using R = Real<T>;
+  constexpr Bits<T> kRoot = to_bits(T(0x1.6a09e6p-1));  // sqrt(1/2), where exponents begin
+  constexpr Bits<T> kOne = to_bits(T(1)), kTop = Bits<T>(1) << R::kMantissa;
+  const Bits<T> offset = to_bits(x) + (kOne - kRoot);
+  const T f = from_bits((offset & (kTop - 1)) + kRoot) - T(1);
+  const T n = from_bits((offset >> R::kMantissa) + to_bits(T(kTop))) - T(kTop + R::kBias);
+  return n * T(0x1.62e42fefa39efp-1) + log1p_near_one(f);
 }
-FASTVAE_HD double log_normal(double x) { return std::log(x); }
 
 // log(1 + t) for 0 <= t <= 1, 2 ulp, also at t << 1.
-FASTVAE_HD float log1p_unit(float t) {
-  const bool far = t > 0x1.a8279ap-2f;  // sqrt(2) - 1: halve 1 + t, and add log 2 back
-  const float f = far ? 0.5f * t - 0.5f : t;
-  const float y = log1p_near_one(f);
-  return far ? kLn2Hi + (y + kLn2Lo) : y;
+template <class T>
+FASTVAE_HD T log1p_unit(T t) {
+  const bool far = t > T(0x1.a8279ap-2);  // sqrt(2) - 1: halve 1 + t, and add log 2 back
+  const T f = far ? T(0.5) * t - T(0.5) : t;
+  const T y = log1p_near_one(f);
+  return far ? Real<T>::kLn2Hi + (y + Real<T>::kLn2Lo) : y;
 }
-FASTVAE_HD double log1p_unit(double t) { return std::log1p(t); }
+
+// ---- sin and cos ----
 
 template <class T>
 struct SinCos {
   T sin, cos;
 };
 
+// sin(2 pi f) / f and (1 - cos(2 pi f)) / f^2 for |f| <= 1/8, of s = f^2
+FASTVAE_HD float sin_quotient(float s) {
+  return horner(s, -0x1.2d92fep6f, 0x1.465e92p6f, -0x1.4abbb8p5f, 0x1.921fb6p2f);
+}
+FASTVAE_HD double sin_quotient(double s) {
+  return horner(s, 0x1.e3ff060f65d59p1, -0x1.e300983b66db4p3, 0x1.5078300be541bp5,
+                -0x1.32d2cce323bedp6, 0x1.466bc67758caep6, -0x1.4abbce625be46p5,
+                0x1.921fb54442d18p2);
+}
+FASTVAE_HD float cos_quotient(float s) {
+  return horner(s, -0x1.db5fa8p5f, 0x1.55cb88p6f, -0x1.03c1eap6f, 0x1.3bd3ccp4f);
+}
+FASTVAE_HD double cos_quotient(double s) {
+  return horner(s, 0x1.b263a5f1319f1p0, -0x1.f9cc404d35cfdp2, 0x1.a6d1ec7d928e7p4,
+                -0x1.e1f50683671bdp5, 0x1.55d3c7e3c927ap6, -0x1.03c1f081b5aaep6,
+                0x1.3bd3cc9be45dep4);
+}
+
 // sin and cos of 2 pi u for 0 <= u <= 1, 2 ulp up to an eighth of a turn: the reduction to an
 // eighth of a turn is exact.
-FASTVAE_HD SinCos<float> sincos_turn(float u) {
-  const float shifted = 4.0f * u + kRoundMagic;
-  const uint32_t quadrant = to_bits(shifted);
-  const float f = u - 0.25f * (shifted - kRoundMagic);
-  const float s = f * f;
-  float sin_f = -0x1.2d92fep6f;
-  sin_f = sin_f * s + 0x1.465e92p6f;
-  sin_f = sin_f * s - 0x1.4abbb8p5f;
-  sin_f = f * (sin_f * s + 0x1.921fb6p2f);
-  float cos_f = -0x1.db5fa8p5f;
-  cos_f = cos_f * s + 0x1.55cb88p6f;
-  cos_f = cos_f * s - 0x1.03c1eap6f;
-  cos_f = cos_f * s + 0x1.3bd3ccp4f;
-  cos_f = 1.0f - s * cos_f;
-  const bool swap = quadrant & 1u;
-  const uint32_t sin_sign = (quadrant & 2u) << 30, cos_sign = ((quadrant + 1u) & 2u) << 30;
+template <class T>
+FASTVAE_HD SinCos<T> sincos_turn(T u) {
+  constexpr int kSign = 8 * sizeof(T) - 1;
+  const T shifted = T(4) * u + kRoundMagic<T>;
+  const Bits<T> quadrant = to_bits(shifted);
+  const T f = u - T(0.25) * (shifted - kRoundMagic<T>);
+  const T s = f * f;
+  const T sin_f = f * sin_quotient(s), cos_f = T(1) - s * cos_quotient(s);
+  const bool swap = quadrant & 1;
+  const Bits<T> sin_sign = (quadrant & 2) << (kSign - 1);
+  const Bits<T> cos_sign = ((quadrant + 1) & 2) << (kSign - 1);
   return {from_bits(to_bits(swap ? cos_f : sin_f) ^ sin_sign),
           from_bits(to_bits(swap ? sin_f : cos_f) ^ cos_sign)};
 }
-FASTVAE_HD SinCos<double> sincos_turn(double u) {
-  const double n = std::floor(4.0 * u + 0.5);
-#if defined(__CUDA_ARCH__)
-  double s, c;
-  ::sincospi(2.0 * (u - 0.25 * n), &s, &c);  // sin and cos keep a stack frame for huge arguments
-#else
-  const double angle = 6.283185307179586476925 * (u - 0.25 * n);
-  const double s = std::sin(angle), c = std::cos(angle);
-#endif
-  const int quadrant = static_cast<int>(n) & 3;
-  return {quadrant == 0   ? s
-          : quadrant == 1 ? c
-          : quadrant == 2 ? -s
-                          : -c,
-          quadrant == 0   ? c
-          : quadrant == 1 ? -s
-          : quadrant == 2 ? -c
-                          : s};
-}
-
-FASTVAE_HD float sqrt(float x) { return ::sqrtf(x); }
-FASTVAE_HD double sqrt(double x) { return ::sqrt(x); }
 
 // 1 / (1 + e^-x), given t = e^-|x|.
 template <class T>

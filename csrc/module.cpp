@@ -50,7 +50,8 @@ py::list philox_group(uint64_t seed, uint64_t offset, uint64_t index) {
   return result;
 }
 
-float evaluate(const std::string& name, float x) {
+template <class T>
+T evaluate(const std::string& name, T x) {
   namespace m = fastvae::math;
   if (name == "exp") return m::exp(x);
   if (name == "half_expm1") return m::half_expm1(x);
@@ -65,6 +66,16 @@ float evaluate(const std::string& name, float x) {
   throw std::invalid_argument("fastvae::math: no function " + name);
 }
 
+template <class T>
+void define_math(py::module_& m) {
+  m.def(
+      "math",
+      [](const std::string& name, py::array_t<T> x) {
+        return py::vectorize([&name](T value) { return evaluate(name, value); })(std::move(x));
+      },
+      py::arg("name"), py::arg("x").noconvert(), "A function of math.h at each x, by its type.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -76,7 +87,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", &isa);
   m.def("philox", &philox, "One Philox4x32 block of `rounds` rounds.");
   m.def("philox_group", &philox_group, "The blocks that the CPU engine draws at once.");
-  m.def("math", [](const std::string& name, py::array_t<float> x) {
-    return py::vectorize([&name](float value) { return evaluate(name, value); })(std::move(x));
-  });
+  define_math<float>(m);
+  define_math<double>(m);
 }

@@ -46,11 +46,16 @@ FASTVAE_HD Words block(Key key, uint64_t index) {
       static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
 }
 
-// The product by a power of two is exact, so this is one rounding with or without an FMA: uniforms
-// are bit-equal everywhere. The largest word rounds to 1, whose logarithm is 0.
+// x 2^-32 + 2^-33. The product by a power of two is exact, so this is one rounding with or without
+// an FMA: uniforms are bit-equal everywhere. The largest word rounds to 1, whose logarithm is 0.
 template <class T>
 FASTVAE_HD T uniform(uint32_t x) {
   return static_cast<T>(x) * T(0x1p-32) + T(0x1p-33);
+}
+// The same, exact, and vector code everywhere: x are the low bits of 2^20 + x 2^-32.
+template <>
+FASTVAE_HD double uniform<double>(uint32_t x) {
+  return math::from_bits(math::to_bits(0x1p20) + x) - (0x1p20 - 0x1p-33);
 }
 
 template <class T>

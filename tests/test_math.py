@@ -10,55 +10,80 @@ import torch
 
 import fastvae
 
+# What float64 is held against: 64 bits of mantissa, where the processor has them.
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.float64,
+        marks=pytest.mark.skipif(
+            np.finfo(np.longdouble).nmant < 63, reason="no type here is wider than float64"
+        ),
+    ),
+]
+TWO_PI = np.longdouble("6.283185307179586476925")
 
-def ulps(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """|actual - exact| in units in the last place of float32 at exact."""
-    rounded = exact.float().abs()
-    spacing = torch.nextafter(rounded, torch.tensor(math.inf)) - rounded
-    return ((actual.double() - exact).abs() / spacing.double()).nan_to_num(0.0)
+
+def wide(x: torch.Tensor | np.ndarray) -> np.ndarray:
+    """x in a type with eleven bits more, or more."""
+    x = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x
+    return x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)
 
 
-def expm1_minus(x: torch.Tensor) -> torch.Tensor:
-    """e^x - 1 - x in float64, by series near 0."""
-    series, term = torch.zeros_like(x), x * x / 2
+def ulps(actual: torch.Tensor | np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """|actual - exact| in units in the last place of actual's type at exact."""
+    actual = np.asarray(actual)
+    with np.errstate(invalid="ignore", over="ignore"):
+        spacing = np.spacing(np.abs(exact).astype(actual.dtype))
+        return np.nan_to_num(np.abs(actual - exact) / spacing)
+
+
+def expm1_minus(x: np.ndarray) -> np.ndarray:
+    """e^x - 1 - x, by series near 0."""
+    near = np.abs(x) < 1
+    series, term = np.zeros_like(x[near]), x[near] ** 2 / 2
     for k in range(3, 30):
-        series, term = series + term, term * x / k
-    return torch.where(x.abs() < 1, series, torch.expm1(x) - x)
+        series, term = series + term, term * x[near] / k
+    exact = np.expm1(x) - x
+    exact[near] = series
+    return exact
 
 
-def log_vars() -> torch.Tensor:
+def log_vars(dtype: torch.dtype) -> torch.Tensor:
     """[-30, 80] densely, and every magnitude down to 1e-12 on both sides of 0."""
-    tiny = torch.logspace(-12, 1.4, 400_000)
-    return torch.cat([torch.linspace(-30, 80, 2_000_003), tiny, -tiny, torch.zeros(1)])
+    tiny = torch.logspace(-12, 1.4, 400_000, dtype=dtype)
+    line = torch.linspace(-30, 80, 2_000_003, dtype=dtype)
+    return torch.cat([line, tiny, -tiny, torch.zeros(1, dtype=dtype)])
 
 
-def test_kl_terms_are_within_4_ulp_and_never_negative(device):
-    log_var = log_vars().to(device)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_terms_are_within_4_ulp_and_never_negative(dtype, device):
+    log_var = log_vars(dtype).to(device)
     mu = torch.zeros_like(log_var)
     kl = fastvae.gaussian_kl(mu[:, None], log_var[:, None]).cpu()
-    exact = 0.5 * expm1_minus(log_var.double().cpu())
+    exact = expm1_minus(wide(log_var)) / 2
     assert (kl >= 0).all()
     assert ulps(kl, exact).max() <= 4
 
     g = torch.Generator().manual_seed(0)
-    mu = torch.randn(log_var.shape, generator=g).to(device)
+    mu = torch.randn(log_var.shape, generator=g, dtype=dtype).to(device)
+    exact += wide(mu) ** 2 / 2
     kl = fastvae.gaussian_kl(mu[:, None], log_var[:, None]).cpu()
-    assert ulps(kl, exact + 0.5 * mu.double().cpu().square()).max() <= 4
+    assert ulps(kl, exact).max() <= 4
     _z, fused = fastvae.reparameterize_kl(
         mu[:, None], log_var[:, None], key=fastvae.random.key(0, device=device)
     )
-    assert ulps(fused.cpu(), exact + 0.5 * mu.double().cpu().square()).max() <= 4
+    assert ulps(fused.cpu(), exact).max() <= 4
 
 
-def test_kl_gradient_of_log_var_is_accurate_near_0(device):
-    log_var = log_vars().to(device).requires_grad_()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_gradient_of_log_var_is_accurate_near_0(dtype, device):
+    log_var = log_vars(dtype).to(device).requires_grad_()
     for function in (
         lambda v: fastvae.gaussian_kl(torch.zeros_like(v), v),
         lambda v: fastvae.reparameterize_kl(torch.zeros_like(v), v)[1],
     ):
         (grad,) = torch.autograd.grad(function(log_var[:, None]).sum(), log_var)
-        exact = 0.5 * torch.expm1(log_var.detach().double())
-        assert ulps(grad.cpu(), exact.cpu()).max() <= 4
+        assert ulps(grad.cpu(), np.expm1(wide(log_var)) / 2).max() <= 4
 
 
 def test_row_sums_are_accurate_to_3e_7(device):
@@ -75,13 +100,15 @@ def test_row_sums_are_accurate_to_3e_7(device):
             assert ((kl.double() - exact) / exact).abs().max() <= 3e-7, columns
 
 
-def test_kl_between_near_equal_gaussians(device):
-    """delta = log_var_q - log_var_p is exact in float32 here, and the KL keeps its digits."""
-    log_var_p = torch.ones(100_000, 1, device=device)
-    log_var_q = log_var_p + torch.logspace(-6, -1, 100_000, device=device)[:, None]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_between_near_equal_gaussians(dtype, device):
+    """delta = log_var_q - log_var_p is exact here, and the KL keeps its digits."""
+    log_var_p = torch.ones(100_000, 1, dtype=dtype, device=device)
+    delta = torch.logspace(-6, -1, 100_000, dtype=dtype, device=device)
+    log_var_q = log_var_p + delta[:, None]
     mu = torch.zeros_like(log_var_p)
     kl = fastvae.gaussian_kl(mu, log_var_q, mu, log_var_p)
-    exact = 0.5 * expm1_minus((log_var_q.double() - log_var_p.double()).cpu()).squeeze(1)
+    exact = expm1_minus(wide(log_var_q) - wide(log_var_p))[:, 0] / 2
     assert (kl > 0).all()
     assert ulps(kl.cpu(), exact).max() <= 4
 
@@ -89,7 +116,9 @@ def test_kl_between_near_equal_gaussians(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_kl_past_the_range_of_exp_is_inf_not_nan(dtype, device):
     """torch.distributions: gradient -inf from -90, KL inf from -104, NaN from 89 (float32)."""
-    for log_var in (-1000.0, -300.0, -104.0, -90.0, 88.5, 88.7, 89.0, 104.0, 300.0, 1000.0, 6e4):
+    float32 = -104.0, -90.0, 88.5, 88.7, 89.0, 104.0
+    float64 = -746.0, -709.0, 709.5, 709.9, 711.0, 746.0
+    for log_var in (*float32, *float64, -6e4, -1500.0, -300.0, 300.0, 1500.0, 6e4):
         x = torch.full((1, 1), log_var, dtype=dtype, device=device, requires_grad=True)
         value = x.detach().double().item()
         exact = 0.5 * (np.expm1(np.longdouble(value)) - value)
@@ -105,10 +134,11 @@ def test_kl_past_the_range_of_exp_is_inf_not_nan(dtype, device):
                 assert grad.item() == pytest.approx(-0.5)
 
 
-def test_log_prob_at_zero_variance_is_inf_not_nan(device):
-    for log_var in (-100.0, -177.0, -200.0, -1e4, -math.inf):
-        v = torch.full((1, 1), log_var, device=device)
-        x = torch.ones(1, 1, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_prob_at_zero_variance_is_inf_not_nan(dtype, device):
+    for log_var in (-100.0, -177.0, -200.0, -1419.0, -1421.0, -1e4, -math.inf):
+        v = torch.full((1, 1), log_var, dtype=dtype, device=device)
+        x = torch.ones(1, 1, dtype=dtype, device=device)
         assert fastvae.gaussian_log_prob(x, x - 1, v).item() < -1e37
         assert fastvae.gaussian_log_prob(x, x, v).item() > 40
 
@@ -132,15 +162,16 @@ def test_continuous_bernoulli_keeps_its_digits_around_one_half(device):
         assert (error <= 5e-7 * (p + mean)).all()
 
 
-@pytest.mark.parametrize("logit", [0.0, 1e-8, 20.0, 88.0, 104.0, 1e4, math.inf])
-def test_bernoulli_far_out(logit, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logit", [0.0, 1e-8, 20.0, 88.0, 104.0, 708.0, 746.0, 1e4, math.inf])
+def test_bernoulli_far_out(logit, dtype, device):
     """A certain and right bet costs e^-|l|; a certain and wrong one |l|."""
     for sign in (1, -1):
-        logits = torch.full((1, 1), sign * logit, device=device)
-        right = torch.full((1, 1), float(sign > 0), device=device)
+        logits = torch.full((1, 1), sign * logit, dtype=dtype, device=device)
+        right = torch.full((1, 1), float(sign > 0), dtype=dtype, device=device)
         cost = -math.log1p(math.exp(-logit))
         value = fastvae.bernoulli_log_prob(right, logits).item()
-        assert value == pytest.approx(cost, rel=2e-6, abs=1e-44)
+        assert value == pytest.approx(cost, rel=2e-6, abs=1e-44 if dtype == torch.float32 else 0)
         value = fastvae.bernoulli_log_prob(1 - right, logits).item()
         assert value == pytest.approx(-logit + cost, rel=2e-6)
 
@@ -178,42 +209,80 @@ def test_half_types_round_to_nearest_even(device):
 
 
 def half_expm1_minus(x: np.ndarray) -> np.ndarray:
-    return 0.5 * expm1_minus(torch.from_numpy(x)).numpy()
+    return expm1_minus(x) / 2
 
 
+def sin_turn(u: np.ndarray) -> np.ndarray:
+    return np.sin(TWO_PI.astype(u.dtype) * u)
+
+
+def cos_turn(u: np.ndarray) -> np.ndarray:
+    return np.cos(TWO_PI.astype(u.dtype) * u)
+
+
+# what it is, its range in float32 and float64, and the bound
 RANGES = {
-    "exp": (np.exp, -103, 88.7, 1.5),
-    "half_expm1": (lambda x: np.expm1(x) / 2, -103, 88.7, 2),
-    "half_expm1_minus": (half_expm1_minus, -103, 88.7, 3),
-    "half_exp.exp_half": (lambda x: np.exp(x / 2), -173, 177, 2),
-    "half_exp.half_expm1": (lambda x: np.expm1(x) / 2, -200, 88.7, 3),
-    "half_exp.half_expm1_minus": (half_expm1_minus, -200, 88.7, 4),
-    "log_normal": (np.log, 2.0**-33, 1, 2),
-    "log1p_unit": (np.log1p, 0, 1, 2),
-    "sin_turn": (lambda u: np.sin(2 * np.pi * (u - np.round(4 * u) / 4)), 0, 0.125, 2),
-    "cos_turn": (lambda u: np.cos(2 * np.pi * u), 0, 0.125, 2),
+    "exp": (np.exp, (-103, 88.7), (-745, 709.7), 1.5),
+    "half_expm1": (lambda x: np.expm1(x) / 2, (-103, 88.7), (-745, 710), 2),
+    "half_expm1_minus": (half_expm1_minus, (-103, 88.7), (-745, 710), 3.2),
+    "half_exp.exp_half": (lambda x: np.exp(x / 2), (-173, 177), (-1415, 1419), 2),
+    "half_exp.half_expm1": (lambda x: np.expm1(x) / 2, (-200, 88.7), (-1500, 710), 3),
+    "half_exp.half_expm1_minus": (half_expm1_minus, (-200, 88.7), (-1500, 710), 4),
+    "log_normal": (np.log, (2.0**-33, 1), (2.0**-33, 1), 2),
+    "log1p_unit": (np.log1p, (0, 1), (0, 1), 2),
+    "sin_turn": (sin_turn, (0, 0.125), (0, 0.125), 2),
+    "cos_turn": (cos_turn, (0, 0.125), (0, 0.125), 2),
 }
 
+needs_probe = pytest.mark.skipif(
+    not fastvae.build_info()["compiled"], reason="no compiled module to probe"
+)
 
-@pytest.mark.skipif(not fastvae.build_info()["compiled"], reason="no compiled module to probe")
+
+@needs_probe
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RANGES)
-def test_stated_ulp_bounds(name):
+def test_stated_ulp_bounds(name, dtype):
     """Each bound that csrc/math.h states, on a dense grid and on every magnitude near the edges."""
-    function, low, high, bound = RANGES[name]
-    near = np.logspace(-10, 0, 300_000)
-    x = np.concatenate([np.linspace(low, high, 3_000_001), high - near, low + near, near, -near])
-    x = x[(x >= low) & (x <= high)].astype(np.float32)
-    actual = torch.from_numpy(fastvae._load.module.math(name, x))
-    exact = torch.from_numpy(function(x.astype(np.float64)))
-    normal = exact.abs() >= 2.0**-126  # below, an ulp is a constant, and rounding happens twice
-    assert ulps(actual, exact)[normal].max() <= bound
-    assert ulps(actual, exact).max() <= 2 * bound
+    function, *ranges, bound = RANGES[name]
+    low, high = ranges[dtype == torch.float64]
+    near = np.logspace(-16, 0, 300_000)
+    line, common = np.linspace(low, high, 3_000_001), np.linspace(-2, 2, 1_000_001)
+    x = np.concatenate([line, common, high - near, low + near, near, -near])
+    x = x.astype(np.float64 if dtype == torch.float64 else np.float32)
+    x = x[(x >= low) & (x <= high)]
+    exact = function(wide(x))
+    error = ulps(fastvae._load.module.math(name, x), exact)
+    # below, an ulp is a constant, and rounding happens twice
+    normal = np.abs(exact) >= np.finfo(x.dtype).tiny
+    assert error[normal].max() <= bound
+    assert error.max() <= 2 * bound
 
 
-@pytest.mark.skipif(not fastvae.build_info()["compiled"], reason="no compiled module to probe")
-def test_turns_beyond_an_eighth():
-    u = np.linspace(0, 1, 1_000_001).astype(np.float32)
-    module = fastvae._load.module
-    turn = 2 * np.pi * u.astype(np.float64)
-    np.testing.assert_allclose(module.math("sin_turn", u), np.sin(turn), atol=1.2e-7)
-    np.testing.assert_allclose(module.math("cos_turn", u), np.cos(turn), atol=1.2e-7)
+@needs_probe
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_turns_beyond_an_eighth(dtype):
+    u = torch.linspace(0, 1, 1_000_001, dtype=dtype).numpy()
+    for name, function in (("sin_turn", sin_turn), ("cos_turn", cos_turn)):
+        error = fastvae._load.module.math(name, u) - function(wide(u))
+        assert np.abs(error).max() <= np.finfo(u.dtype).eps
+
+
+@needs_probe
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exponentials_at_the_ends(dtype):
+    """Past every range, at infinity, at 0 of both signs, and NaN."""
+    x = np.array([-math.inf, -3e38, 3e38, math.inf, 0.0, -0.0, math.nan, -math.nan], dtype)
+    nan = [math.nan, math.nan]
+    expected = {
+        "exp": [0, 0, math.inf, math.inf, 1, 1, *nan],
+        "half_expm1": [-0.5, -0.5, math.inf, math.inf, 0, 0, *nan],
+        "half_expm1_minus": [math.inf, -x[1] / 2, math.inf, math.inf, 0, 0, *nan],
+        "half_exp.exp_half": [0, 0, math.inf, math.inf, 1, 1, *nan],
+    }
+    for name in ("half_expm1", "half_expm1_minus"):
+        expected[f"half_exp.{name}"] = expected[name]
+    for name, values in expected.items():
+        actual = fastvae._load.module.math(name, x)
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual, np.array(values, dtype), err_msg=name)

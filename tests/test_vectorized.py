@@ -13,9 +13,9 @@ import fastvae
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER = {"x86-64-v4": "zmm", "x86-64-v3": "ymm"}
+REALS = ("float", "double")
 LOOPS = [
-    "box_muller<float>",
-    "sum<float>",
+    *(f"{loop}<{real}>" for loop in ("box_muller", "sum") for real in REALS),
     "gather<fastvae::BFloat16, float>",
     "gather<fastvae::Float16, float>",
     "scatter<fastvae::BFloat16, float>",
@@ -36,13 +36,14 @@ def functions() -> dict[str, str]:
     found = dict(zip(parts[1::2], parts[2::2], strict=True))
     if not any("[clone .arch_x86_64_v4]" in name for name in found):
         pytest.skip("this build has one instruction set only (FASTVAE_ISA), or is no x86-64 one")
-    return found
+    # gcc folds identical functions into one and a jump to it
+    return {name: body for name, body in found.items() if not re.match(r"\s*\S+\s+jmp", body)}
 
 
 def check(name: str, body: str, register: str) -> None:
     """Arithmetic on whole registers, as the formula has it; a scalar loop has none of it."""
     lines = body.splitlines()
-    packed = [x for x in lines if register in x and re.search(r"\tv\w+(ps|d|q|w|dq)\b", x)]
+    packed = [x for x in lines if register in x and re.search(r"\tv\w+(ps|pd|d|q|w|dq)\b", x)]
     assert len(packed) >= 3, f"{name} has {len(packed)} {register} instructions"
     calls = [x for x in lines if re.search(r"call.*<(exp|log|sin|cos|tanh)", x)]
     assert not calls, f"{name} calls libm: {calls[:1]}"
@@ -59,12 +60,13 @@ def test_hot_loop_is_vector_code(functions, loop, level):
 
 
 @pytest.mark.parametrize("level", REGISTER)
-def test_every_formula_is_vector_code(functions, level):
+@pytest.mark.parametrize("real", REALS)
+def test_every_formula_is_vector_code(functions, real, level):
     clone = f"[clone .arch_{level.replace('-', '_')}]"
     bodies = {
         name: body
         for name, body in functions.items()
-        if clone in name and re.search(r"::evaluate<fastvae::.*, float>\(", name)
+        if clone in name and re.search(rf"::(evaluate|any_needs_noise)<fastvae::.*, {real}>\(", name)
     }
     for name, body in bodies.items():
         check(name, body, REGISTER[level])
