@@ -59,29 +59,30 @@ struct ContinuousBernoulli {
     return {{logit, x - (a < T(1) ? near : far)}};
   }
 
-  // E[x] - 1/2 = l sum of c_n s^n, and log(sinh(l/2) / (l/2)) its integral, s sum of c_n s^n / 2n,
-  // c_n = B_2n / (2n)! of the Bernoulli numbers: to 1 ulp for s = l^2 <= 1.
-  static constexpr double kCoefficients[] = {
-      0.08333333333333333,    -0.001388888888888889,   3.306878306878307e-05,
-      -8.267195767195768e-07, 2.08767569878681e-08,    -5.284190138687493e-10,
-      1.3382536530684679e-11, -3.3896802963225827e-13, 8.586062056277845e-15,
-      -2.174868698558062e-16, 5.5090028283602295e-18};
+  // With c_n = B_2n / (2n)! of the Bernoulli numbers, to 1 ulp for s = l^2 <= 1:
+  // (E[x] - 1/2) / l = sum of c_n s^(n-1), and its integral log(sinh(l/2) / (l/2)) = sum of
+  // c_n s^n / 2n.
   template <class T>
   static FASTVAE_HD T excess_mean(T s) {
-    T sum = T(0);
-    FASTVAE_UNROLL
-    for (int n = kTerms<T> - 1; n >= 0; --n) sum = sum * s + T(kCoefficients[n]);
-    return sum;
+    return series<T, false>(s);
   }
   template <class T>
   static FASTVAE_HD T log_sinhc(T s) {
+    return s * series<T, true>(s);
+  }
+  template <class T, bool kIntegrated>
+  static FASTVAE_HD T series(T s) {
+    constexpr double c[] = {0.08333333333333333,    -0.001388888888888889,   3.306878306878307e-05,
+                            -8.267195767195768e-07, 2.08767569878681e-08,    -5.284190138687493e-10,
+                            1.3382536530684679e-11, -3.3896802963225827e-13, 8.586062056277845e-15,
+                            -2.174868698558062e-16, 5.5090028283602295e-18};
     T sum = T(0);
     FASTVAE_UNROLL
-    for (int n = kTerms<T> - 1; n >= 0; --n) sum = sum * s + T(kCoefficients[n] / (2 * n + 2));
-    return s * sum;
+    for (int n = sizeof(T) == 8 ? 11 : 6; n > 0; --n) {
+      sum = sum * s + T(kIntegrated ? c[n - 1] / (2 * n) : c[n - 1]);
+    }
+    return sum;
   }
-  template <class T>
-  static constexpr int kTerms = sizeof(T) == 8 ? 11 : 6;
 };
 using ContinuousBernoulliLogProb = RowSum<ContinuousBernoulli>;
 

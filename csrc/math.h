@@ -32,6 +32,7 @@ struct Real<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23;
   static constexpr Bits kBias = 127;
+  static constexpr float kTiny = 0x1p-126f, kLargest = 0x1.fffffep127f;  // of the normal numbers
   static constexpr float kLn2Hi = 0x1.62e4p-1f;  // 15 bits, so that n * kLn2Hi is exact
   static constexpr float kLn2Lo = 0x1.7f7d1cp-20f;
   // Where exponentials end: e^x is 0 below the first. 2^n / 2, with n of e^x, is 0 at the second,
@@ -43,6 +44,7 @@ struct Real<double> {
   using Bits = uint64_t;
   static constexpr int kMantissa = 52;
   static constexpr Bits kBias = 1023;
+  static constexpr double kTiny = 0x1p-1022, kLargest = 0x1.fffffffffffffp1023;
   static constexpr double kLn2Hi = 0x1.62e42fefa38p-1;  // 42 bits
   static constexpr double kLn2Lo = 0x1.ef35793c7673p-45;
   static constexpr double kExpZero = -746, kExpTiny = -708.3, kExpSmall = -708, kExpLarge = 710;
@@ -73,7 +75,7 @@ FASTVAE_HD T min(T a, T b) {
 }
 template <class T>
 FASTVAE_HD constexpr T largest() {
-  return sizeof(T) == 8 ? T(1.7976931348623157e308) : T(3.4028234663852886e38f);
+  return Real<T>::kLargest;
 }
 template <class T>
 FASTVAE_HD T abs(T x) {
@@ -314,6 +316,121 @@ template <class T>
 FASTVAE_HD T sigmoid(T x, T t) {
   const T large = T(1) / (T(1) + t);
   return x < T(0) ? t * large : large;
+}
+
+// log(q) for a normal q > 0 whose distance from 1 is known better than q itself, f = q - 1: 2 ulp
+// at any |f|.
+template <class T>
+FASTVAE_HD T log_near(T q, T f) {
+  return abs(f) < T(0.25) ? log1p_near_one(f) : log_normal(q);
+}
+
+// log(q) - f, likewise: of second order near 1.
+template <class T>
+FASTVAE_HD T log_near_minus(T q, T f) {
+  const T near = f * f * (f * log1p_quotient(f) - T(0.5));
+  return abs(f) < T(0.25) ? near : log_normal(q) - f;
+}
+
+// ---- the gamma function, for counts: a >= 0 ----
+//
+// Up to 8, a is reduced to f in [0, 1] by Gamma(1 + a) = a (a - 1) ... (a - n + 1) Gamma(1 + f), a
+// product of at most seven factors, whose logarithm is exact at integers. Beyond, Stirling's
+// series.
+template <class T>
+struct GammaReduction {
+  T f, product, derivative;  // of the product with respect to a
+};
+template <class T>
+FASTVAE_HD GammaReduction<T> reduce_gamma(T a) {
+  const T n = (a - T(0.5)) + kRoundMagic<T> - kRoundMagic<T>;  // at integers either neighbour does
+  T product = T(1), derivative = T(0);
+  FASTVAE_UNROLL
+  for (int k = 0; k < 7; ++k) {
+    const bool factor = T(k) < n;
+    derivative = factor ? derivative * (a - T(k)) + product : derivative;
+    product = factor ? product * (a - T(k)) : product;
+  }
+  return {a - n, product, derivative};
+}
+
+// log Gamma(1 + f) / (f (f - 1)) and the digamma function of 1 + f, u = f - 1/2 in [-1/2, 1/2]
+FASTVAE_HD float log_gamma_quotient(float u) {
+  return horner(u, -0x1.85ef62p-10f, 0x1.40b32p-9f, -0x1.9b44f6p-9f, 0x1.5d0b52p-8f,
+                -0x1.3514cep-7f, 0x1.136246p-6f, -0x1.007a36p-5f, 0x1.01af06p-4f, -0x1.2aed06p-3f,
+                0x1.eeb95cp-2f);
+}
+FASTVAE_HD double log_gamma_quotient(double u) {
+  return horner(
+      u, -0x1.0467902760469p-17, 0x1.9759e019683d0p-17, -0x1.18598e23bb974p-17,
+      0x1.ba730a9784e07p-17, -0x1.c85e4bc95846cp-16, 0x1.68f13e0fbb796p-15, -0x1.156abea920aefp-14,
+      0x1.b9e43433855c2p-14, -0x1.623f109df00eep-13, 0x1.1c7e3a261c9ebp-12, -0x1.cb44dee9fac00p-12,
+      0x1.750a7900f071ep-11, -0x1.313e8a3ddad6fp-10, 0x1.f814bab49d011p-10, -0x1.a5035232a7d25p-9,
+      0x1.64f0664c4f943p-8, -0x1.34dbda14971e2p-7, 0x1.133423527f1f2p-6, -0x1.007aa83cee1acp-5,
+      0x1.01af62a2929c0p-4, -0x1.2aed059bd608ap-3, 0x1.eeb95b094c191p-2);
+}
+FASTVAE_HD float digamma_center(float u) {
+  return horner(u, -0x1.05696ep-6f, 0x1.88ed0cp-6f, -0x1.9bbbc6p-6f, 0x1.373p-5f, -0x1.ef85e6p-5f,
+                0x1.7c24f6p-4f, -0x1.28750cp-3f, 0x1.e0f39ap-3f, -0x1.a8580ep-2f, 0x1.de9e68p-1f,
+                0x1.2aed06p-5f);
+}
+FASTVAE_HD double digamma_center(double u) {
+  return horner(
+      u, 0x1.095592a9c5f22p-12, -0x1.8e00f34fc325ep-12, 0x1.d05a7b8770454p-13,
+      -0x1.5c46bf52019bbp-12, 0x1.71881a1ddf551p-11, -0x1.152ab7682bf97p-10, 0x1.8da00e2e893afp-10,
+      -0x1.2a4696a915485p-9, 0x1.c172efb0d91bcp-9, -0x1.51441694a2d72p-8, 0x1.fa39518ed7df9p-8,
+      -0x1.7c3d1c0d5d823p-7, 0x1.1de81d0211921p-6, -0x1.aeb6f79d2e6b7p-6, 0x1.456f1ac589ee4p-5,
+      -0x1.ee74608c4f08fp-5, 0x1.7b57ab64219cbp-4, -0x1.28782542a882bp-3, 0x1.e0f840dad601cp-3,
+      -0x1.a85808a40aa54p-2, 0x1.de9e64df22ef3p-1, 0x1.2aed059bd6087p-5);
+}
+
+// Stirling's series in w = 1/a^2, a >= 8: sums of B_2n w^(n-1) / (2n (2n - 1)), and B_2n w^(n-1) /
+// 2n
+FASTVAE_HD float stirling_log_gamma(float w) {
+  return horner(w, 0x1.a01a02p-11f, -0x1.6c16c2p-9f, 0x1.555556p-4f);
+}
+FASTVAE_HD double stirling_log_gamma(double w) {
+  return horner(w, -1.3924322169059011, 0.17964437236883057, -0.02955065359477124,
+                0.006410256410256410, -0.0019175269175269175, 8.417508417508418e-4,
+                -5.952380952380953e-4, 7.936507936507937e-4, -0.002777777777777778,
+                0.08333333333333333);
+}
+FASTVAE_HD float stirling_digamma(float w) {
+  return horner(w, 0x1.041042p-8f, -0x1.111112p-7f, 0x1.555556p-4f);
+}
+FASTVAE_HD double stirling_digamma(double w) {
+  return horner(w, -26.456212121212121, 3.0539543302701198, -0.44325980392156863,
+                0.08333333333333333, -0.021092796092796093, 0.007575757575757576,
+                -0.004166666666666667, 0.003968253968253968, -0.008333333333333333,
+                0.08333333333333333);
+}
+
+// log Gamma(1 + a) - a log a + a, 0 at 0 and log(2 pi a) / 2 far out: what the logarithms of count
+// probabilities are made of once their large terms, which cancel, are taken together (Loader 2000).
+template <class T>
+FASTVAE_HD T stirling_gap(T a) {
+  const GammaReduction<T> g = reduce_gamma(min(a, T(8)));
+  const T small = log_normal(g.product) + g.f * (g.f - T(1)) * log_gamma_quotient(g.f - T(0.5));
+  const T log_a = log_normal(max(Real<T>::kTiny, a)), far = max(T(8), a), r = T(1) / far;
+  const T large = T(0.918938533204672742) + T(0.5) * log_a + r * stirling_log_gamma(r * r);
+  return a < T(8) ? small - (a * log_a - a) : large;
+}
+
+// digamma(a) - log a for a > 0; -1/(2a) far out.
+template <class T>
+FASTVAE_HD T digamma_gap(T a) {
+  const GammaReduction<T> g = reduce_gamma(min(a, T(8)));
+  const T tiny = max(Real<T>::kTiny, a);
+  const T small = (g.derivative / g.product - T(1) / tiny) + digamma_center(g.f - T(0.5));
+  const T far = max(T(8), a), r = T(1) / far, w = r * r;
+  return a < T(8) ? small - log_normal(tiny) : -(T(0.5) * r + w * stirling_digamma(w));
+}
+// digamma_gap(a + x) - digamma_gap(a), also where a >> x >= 0.
+template <class T>
+FASTVAE_HD T digamma_gap_rise(T a, T x) {
+  const T far = max(T(8), a), r = T(1) / far, s = T(1) / (far + x), w = r * r, v = s * s;
+  const T large = T(0.5) * x * (r * s) + (w * stirling_digamma(w) - v * stirling_digamma(v));
+  return a < T(8) ? digamma_gap(a + x) - digamma_gap(a) : large;
 }
 
 }  // namespace fastvae::math

@@ -202,10 +202,10 @@ struct Plan {
 };
 
 // Full blocks that fit on a multiprocessor at once, which caps the registers of a thread. Two, at
-// 80 registers, so that enough loads are in flight; one where each thread has four packs or more on
-// their way itself, or computes in double.
+// 80 registers, so that enough loads are in flight; one where each thread has six packs or more on
+// their way itself, in or out, or computes in double.
 template <class T, Shape S>
-inline constexpr int kMinBlocks = S.inputs < 4 && sizeof(T) == 4 ? 2 : 1;
+inline constexpr int kMinBlocks = S.inputs + S.outputs < 6 && sizeof(T) == 4 ? 2 : 1;
 
 // Grid-stride over units = rows x segments; `team` threads to a unit.
 template <class F, class T, class Stored>

@@ -32,6 +32,15 @@ def uniform(shape: Shape, g: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=g, dtype=torch.float64)
 
 
+def counts(shape: Shape, g: torch.Generator) -> Tensor:
+    """From 1: at 0 there is no two-sided derivative (test_math.py goes there)."""
+    return 1.0 + torch.poisson(positive(shape, g) * 3.0, generator=g)
+
+
+def positive(shape: Shape, g: torch.Generator) -> Tensor:
+    return standard_normal(shape, g).exp()
+
+
 standard_normal = normal()
 
 
@@ -153,6 +162,36 @@ def _eager_laplace_log_prob(x: Tensor, mu: Tensor, log_scale: Tensor) -> Tensor:
     return -(math.log(2.0) + log_scale + (x - mu).abs() / log_scale.exp()).sum(-1)
 
 
+def _eager_poisson_log_prob(x: Tensor, log_rate: Tensor) -> Tensor:
+    return (x * log_rate - log_rate.exp() - torch.lgamma(x + 1)).sum(-1)
+
+
+def _nb(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    # as in scVI
+    eps = 1e-8
+    log_m = torch.log(theta + mu + eps)
+    return (
+        theta * (torch.log(theta + eps) - log_m)
+        + x * (torch.log(mu + eps) - log_m)
+        + torch.lgamma(x + theta)
+        - torch.lgamma(theta)
+        - torch.lgamma(x + 1)
+    )
+
+
+def _eager_negative_binomial_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    return _nb(x, mu, theta).sum(-1)
+
+
+def _eager_zero_inflated_negative_binomial_log_prob(
+    x: Tensor, mu: Tensor, theta: Tensor, logits: Tensor
+) -> Tensor:
+    softplus = torch.nn.functional.softplus
+    counts = _nb(x, mu, theta)
+    zero = softplus(counts - logits) - softplus(-logits)
+    return torch.where(x < 1e-8, zero, counts - softplus(logits)).sum(-1)
+
+
 # --- and with torch.distributions -----------------------------------------------------------------
 
 _d = torch.distributions
@@ -269,5 +308,46 @@ CASES: tuple[Case, ...] = (
         bench=((128, 784), (4096, 256)),
         bytes_forward=3,
         bytes_full=8,
+    ),
+    Case(
+        op="poisson_log_prob",
+        inputs=(Input("x", counts, data=True), Input("log_rate")),
+        outputs=("row",),
+        eager=_eager_poisson_log_prob,
+        distributions=lambda x, log_rate: (
+            _d.Poisson(log_rate.exp(), validate_args=False).log_prob(x).sum(-1)
+        ),
+        bench=((128, 2000),),
+        bytes_forward=2,
+        bytes_full=5,
+    ),
+    Case(
+        op="negative_binomial_log_prob",
+        inputs=(Input("x", counts, data=True), Input("mu", positive), Input("theta", positive)),
+        outputs=("row",),
+        eager=_eager_negative_binomial_log_prob,
+        distributions=lambda x, mu, theta: (
+            _d.NegativeBinomial(theta, logits=mu.log() - theta.log(), validate_args=False)
+            .log_prob(x)
+            .sum(-1)
+        ),
+        bench=((128, 2000),),
+        bytes_forward=3,
+        bytes_full=8,
+    ),
+    Case(
+        op="zero_inflated_negative_binomial_log_prob",
+        inputs=(
+            Input("x", counts, data=True),
+            Input("mu", positive),
+            Input("theta", positive),
+            Input("logits"),
+        ),
+        outputs=("row",),
+        eager=_eager_zero_inflated_negative_binomial_log_prob,
+        distributions=None,
+        bench=((128, 2000),),
+        bytes_forward=4,
+        bytes_full=11,
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -160,6 +161,106 @@ def test_continuous_bernoulli_keeps_its_digits_around_one_half(device):
         assert (error <= 2e-7 * (np.abs(p * a) + np.abs(log_c))).all()
         error = np.abs(grad.cpu().numpy() - (p - mean))
         assert (error <= 5e-7 * (p + mean)).all()
+
+
+COUNTS = (0, 0.3, 1, 2, 3, 7, 7.5, 8, 9, 100, 1000, 10_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mu", [1e-3, 0.5, 3.0, 90.0, 1e4])
+def test_counts_keep_their_digits_from_no_dispersion_to_much(mu, dtype, device):
+    """theta up to 1e6: lgamma(x + theta) - lgamma(theta) in float32 would be noise."""
+    rtol = 2e-6 if dtype == torch.float32 else 1e-14
+    x = torch.tensor(COUNTS, dtype=dtype, device=device)[:, None]
+    with mpmath.workdps(40):
+        counts = [mpmath.mpf(t) for t in x[:, 0].tolist()]
+        for size in (1e-3, 0.1, 1.0, 3.7, 10.0, 100.0, 1e4, 1e6):
+            m = torch.full_like(x, mu).requires_grad_()
+            theta = torch.full_like(x, size).requires_grad_()
+            value = fastvae.negative_binomial_log_prob(x, m, theta)
+            grads = torch.autograd.grad(value.sum(), (m, theta))
+            a, b = mpmath.mpf(m[0].item()), mpmath.mpf(theta[0].item())
+            for i, t in enumerate(counts):
+                term = mpmath.loggamma(t + b) - mpmath.loggamma(b) - mpmath.loggamma(t + 1)
+                term += b * mpmath.log(b / (b + a)) + t * mpmath.log(a / (b + a))
+                d_mu = t / a - (t + b) / (a + b)
+                d_theta = mpmath.digamma(t + b) - mpmath.digamma(b) - (t + b) / (a + b)
+                d_theta += mpmath.log(b / (b + a)) + 1
+                what = f"x = {t}, mu = {mu}, theta = {size}"
+                assert value[i].item() == pytest.approx(float(term), rel=rtol), what
+                assert grads[0][i].item() == pytest.approx(float(d_mu), rel=rtol), what
+                # its two halves, of the counts and of their mean, cancel where x is near mu
+                parts = float(abs(d_mu * d_mu) / b + abs(t + a) / b**2)
+                assert abs(grads[1][i].item() - d_theta) <= 1e2 * rtol * (abs(d_theta) + parts), (
+                    what
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_poisson_keeps_its_digits_at_the_rate(dtype, device):
+    rtol = 2e-6 if dtype == torch.float32 else 1e-14
+    with mpmath.workdps(40):
+        for count in COUNTS:
+            x = torch.full((9, 1), count, dtype=dtype, device=device)
+            around = torch.log(x + 0.1) + torch.linspace(-1, 1, 9, device=device)[:, None] * 0.3
+            log_rate = around.to(dtype).requires_grad_()
+            value = fastvae.poisson_log_prob(x, log_rate)
+            (grad,) = torch.autograd.grad(value.sum(), log_rate)
+            columns = value.tolist(), grad[:, 0].tolist(), log_rate[:, 0].tolist()
+            for v, g, rate in zip(*columns, strict=True):
+                t, r = mpmath.mpf(x[0].item()), mpmath.mpf(rate)
+                exact = t * r - mpmath.exp(r) - mpmath.loggamma(t + 1)
+                # the rate itself is good to an ulp of its logarithm
+                slack = abs(t - mpmath.exp(r)) * abs(r) * torch.finfo(dtype).eps
+                assert abs(v - exact) <= rtol * abs(exact) + slack
+                assert abs(g - (t - mpmath.exp(r))) <= 2 * rtol * (t + mpmath.exp(r))
+
+
+def test_zeros_of_counts(device):
+    """x = 0, where most of a single-cell matrix lies, with gradients; against float64."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.zeros(200, 50)
+    inputs = [torch.randn(200, 50, generator=g).exp().double() for _ in range(2)]
+    inputs.append(3.0 * torch.randn(200, 50, generator=g).double())
+    x = x.to(device)
+    for op, names in (
+        ("poisson_log_prob", (2,)),
+        ("negative_binomial_log_prob", (0, 1)),
+        ("zero_inflated_negative_binomial_log_prob", (0, 1, 2)),
+    ):
+        exact = [inputs[i].to(device).requires_grad_() for i in names]
+        single = [t.detach().float().requires_grad_() for t in exact]
+        expected = getattr(fastvae.reference, op)(x.double(), *exact)
+        actual = getattr(fastvae, op)(x, *single)
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=0)
+        for a, e in zip(
+            torch.autograd.grad(actual.sum(), single),
+            torch.autograd.grad(expected.sum(), exact),
+            strict=True,
+        ):
+            torch.testing.assert_close(a.double(), e, rtol=5e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_out_of_range_are_nan_and_impossible_ones_minus_infinity(dtype, device):
+    def value(op, *arguments):
+        tensors = [torch.tensor([[a]], dtype=dtype, device=device) for a in arguments]
+        return getattr(fastvae, op)(*tensors).item()
+
+    for bad in ((-1.0, 0.0), (math.inf, 0.0), (math.nan, 0.0), (1.0, math.nan)):
+        assert math.isnan(value("poisson_log_prob", *bad))
+    assert value("poisson_log_prob", 0.0, -math.inf) == 0.0
+    assert value("poisson_log_prob", 2.0, -math.inf) == -math.inf
+    assert value("poisson_log_prob", 2.0, math.inf) == -math.inf
+    op = "negative_binomial_log_prob"
+    for bad in ((-1.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, math.inf)):
+        assert math.isnan(value(op, *bad))
+    assert value(op, 0.0, 0.0, 1.0) == 0.0
+    assert value(op, 3.0, 0.0, 1.0) == -math.inf
+    zero_inflated = "zero_inflated_negative_binomial_log_prob"
+    assert value(zero_inflated, 0.0, 1.0, 1.0, math.inf) == 0.0
+    assert value(zero_inflated, 3.0, 1.0, 1.0, math.inf) == -math.inf
+    assert value(zero_inflated, 3.0, 1.0, 1.0, -math.inf) == pytest.approx(value(op, 3.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -22,6 +22,12 @@ SHAPES = ((3, 16), (5, 1), (2, 3, 17), (64, 20), (2, 513), (1, 2000), (7,))
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    """All rows share the tests' code: dynamo would count them as recompilations of one."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def key(device: str) -> Tensor:
     return fastvae.random.key(*KEY, device=device)

@@ -226,6 +226,7 @@ class Formula:
     row_sum: bool = False
     row_input: bool = False
     noise: bool = False
+    low: float = -2.0  # inputs are drawn from here to 2
 
 
 def gaussian_kl(m, v, p, w):
@@ -255,7 +256,23 @@ def laplace_log_prob(x, m, s):
     return -(math.log(2) + s + (x - m).abs() * torch.exp(-s))
 
 
-def row_sum(name, term, inputs):
+def poisson_log_prob(x, r):
+    return x * r - torch.exp(r) - torch.lgamma(x + 1)
+
+
+def negative_binomial_log_prob(x, m, t):
+    p = m / (m + t)
+    binomial = torch.lgamma(x + t) - torch.lgamma(t) - torch.lgamma(x + 1)
+    return binomial + t * torch.log1p(-p) + x * torch.log(p)
+
+
+def zero_inflated_negative_binomial_log_prob(x, m, t, a):
+    counts, log_sigmoid = negative_binomial_log_prob(x, m, t), torch.nn.functional.logsigmoid
+    zero = torch.logaddexp(log_sigmoid(a), log_sigmoid(-a) + counts)
+    return torch.where(x == 0, zero, log_sigmoid(-a) + counts)
+
+
+def row_sum(name, term, inputs, low=-2.0):
     """Forward and backward of a RowSum, from its term: autograd knows the gradient."""
 
     def backward(*arguments):
@@ -265,8 +282,8 @@ def row_sum(name, term, inputs):
         return [grad * slope for slope in slopes], None
 
     return {
-        f"{name}.Forward": Formula(lambda *xs: ([], term(*xs)), inputs, row_sum=True),
-        f"{name}.Backward": Formula(backward, inputs, outputs=inputs, row_input=True),
+        f"{name}.Forward": Formula(lambda *xs: ([], term(*xs)), inputs, row_sum=True, low=low),
+        f"{name}.Backward": Formula(backward, inputs, outputs=inputs, row_input=True, low=low),
     }
 
 
@@ -319,6 +336,11 @@ FORMULAS = {
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
     **row_sum("LaplaceLogProb", laplace_log_prob, 3),
+    **row_sum("PoissonLogProb", poisson_log_prob, 2, low=0.1),
+    **row_sum("NegativeBinomialLogProb", negative_binomial_log_prob, 3, low=0.1),
+    **row_sum(
+        "ZeroInflatedNegativeBinomialLogProb", zero_inflated_negative_binomial_log_prob, 4, low=0.1
+    ),
 }
 
 # Of the largest value: a handful of roundings in the formula, then one to the storage type.
@@ -399,7 +421,7 @@ def random_case(
     spec, rng = FORMULAS[formula], np.random.default_rng(seed)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.from_numpy(rng.uniform(-2, 2, size)).to(dtype)
+        return torch.from_numpy(rng.uniform(spec.low, 2, size)).to(dtype)
 
     return Case(
         formula,

@@ -66,7 +66,8 @@ def test_every_formula_is_vector_code(functions, real, level):
     bodies = {
         name: body
         for name, body in functions.items()
-        if clone in name and re.search(rf"::(evaluate|any_needs_noise)<fastvae::.*, {real}>\(", name)
+        if clone in name
+        and re.search(rf"::(evaluate|any_needs_noise)<fastvae::.*, {real}>\(", name)
     }
     for name, body in bodies.items():
         check(name, body, REGISTER[level])

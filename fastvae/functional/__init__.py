@@ -3,10 +3,12 @@
 No logic lives here beyond defaults and the choice of the route (:mod:`.route`).
 """
 
-from . import gaussian, likelihood
+from . import counts, gaussian, likelihood
+from .counts import *  # noqa: F403
 from .gaussian import *  # noqa: F403
 from .likelihood import *  # noqa: F403
 
 __all__: list[str] = []
+__all__ += counts.__all__
 __all__ += gaussian.__all__
 __all__ += likelihood.__all__
