@@ -121,7 +121,8 @@ def check(
         grads = torch.autograd.grad(outputs, [inputs[i] for i in wanted], cast)
 
     worst = 0.0
-    for rows in _edges(shape):
+    alike = all(t.shape == shape for t in inputs)  # else the first dimensions are not the rows
+    for rows in _edges(shape) if alike else [slice(None)]:
         exact = [t.detach()[rows].double().requires_grad_(i in wanted)
                  for i, t in enumerate(inputs)]  # fmt: skip
         at = fastvae.random.shard(key, rows.start, math.prod(shape[1:])) if case.sampled else None

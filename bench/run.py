@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case, Shape
+from cases import CASES, COMPOSITIONS, Case, Shape
 
 import fastvae
 
@@ -162,7 +162,7 @@ def measure_job(job: Job, setting: Setting) -> tuple[list[Record], list[Problem]
 
 
 def jobs(ops: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job]:
-    for case in (c for c in CASES if c.op in ops):
+    for case in (c for c in (*CASES, *COMPOSITIONS) if c.op in ops):
         for dtype in (getattr(torch, d) for d in dtypes):
             sizes = sorted(case.bench, key=math.prod)
             if quick:
@@ -187,7 +187,7 @@ def _git() -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    ops = list(dict.fromkeys(c.op for c in CASES))
+    ops = list(dict.fromkeys(c.op for c in (*CASES, *COMPOSITIONS)))
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     some: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--op", default=ops, help=f"default all: {', '.join(ops)}", **some)
@@ -207,7 +207,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda needs a GPU, and torch sees none", file=sys.stderr)
         sys.exit(2)
-    if (path := fastvae.route(args.op[0], args.device)) != f"{args.device} kernel":
+    if (path := fastvae.route(CASES[0].op, args.device)) != f"{args.device} kernel":
         print(f"bench: there is no kernel to time, but {path}", file=sys.stderr)
         sys.exit(2)
     return args

@@ -72,17 +72,19 @@ class RowOp {
     return run<F>(all);
   }
 
- private:
+ protected:  // what an op with an engine of its own shares (bound.cpp)
   static Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options);
   at::TensorOptions row_options() const;  // half types sum in, and return, float32
   Sweep lay_out();                        // of the inputs; sizes are concrete from here on
-  template <class F>
-  void launch(Sweep& sweep) const;
 
   const char* name_;
   c10::SmallVector<Tensor, kMaxInputs> inputs_;
   c10::SymDimVector shape_;
   Tensor row_input_, key_;
+
+ private:
+  template <class F>
+  void launch(Sweep& sweep) const;
 };
 
 template <class F>

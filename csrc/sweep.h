@@ -1,6 +1,7 @@
 // The contract between formulas and engines. A *sweep* visits every element of a [rows, columns]
 // problem once: it reads the inputs, evaluates one formula, writes elementwise outputs, and sums
-// terms over each row. rows.h sweeps on the CPU, rows.cuh on CUDA; formulas know neither.
+// terms over each row. rows.h sweeps on the CPU, rows.cuh on CUDA; formulas know neither. (What
+// needs a row's maximum first reduces with lanes.h and a kernel of its own; see bound.h.)
 //
 // A formula says what it takes and gives, and evaluates one element:
 //

@@ -49,6 +49,7 @@ class Input:
     name: str
     draw: Draw = standard_normal
     data: bool = False  # what a training step needs no gradient for: timed without
+    shape: Callable[[Shape], Shape] = lambda shape: shape  # of this input, in a case of that shape
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Case:
     ) -> list[Tensor]:
         """Valid inputs, drawn in float64 and rounded."""
         g = torch.Generator().manual_seed(seed)
-        tensors = [i.draw(shape, g).to(device=device, dtype=dtype) for i in self.inputs]
+        tensors = [i.draw(i.shape(shape), g).to(device=device, dtype=dtype) for i in self.inputs]
         return [t.requires_grad_(requires_grad) for t in tensors]
 
     def call(self, inputs: list[Tensor], key: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -111,6 +112,25 @@ class Case:
         """The reference formula, its outputs as a tuple."""
         out = self.reference(*inputs, key) if self.sampled else self.reference(*inputs)
         return out if isinstance(out, tuple) else (out,)
+
+
+@dataclass(frozen=True)
+class Composition(Case):
+    """Ops as a training step puts them together: has a benchmark, but no generic tests.
+
+    A shape lists what a reader would, ``100x50x784``; the inputs have shapes of their own.
+    """
+
+    ours: Callable[..., Any] = None  # type: ignore[assignment]
+    exact: Callable[..., Any] = None  # type: ignore[assignment]
+
+    @property
+    def fastvae(self) -> Callable[..., Any]:
+        return self.ours
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return self.exact
 
 
 # --- what users write by hand ---------------------------------------------------------------------
@@ -190,6 +210,15 @@ def _eager_zero_inflated_negative_binomial_log_prob(
     counts = _nb(x, mu, theta)
     zero = softplus(counts - logits) - softplus(-logits)
     return torch.where(x < 1e-8, zero, counts - softplus(logits)).sum(-1)
+
+
+def _eager_log_mean_exp(log_w: Tensor) -> Tensor:
+    return torch.logsumexp(log_w, -1) - math.log(max(1, log_w.shape[-1]))
+
+
+def _eager_importance_weighted_bound(x: Tensor, logits: Tensor, log_ratio: Tensor) -> Tensor:
+    log_w = _eager_bernoulli_log_prob(x, logits) + log_ratio
+    return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])
 
 
 # --- and with torch.distributions -----------------------------------------------------------------
@@ -349,5 +378,44 @@ CASES: tuple[Case, ...] = (
         bench=((128, 2000),),
         bytes_forward=4,
         bytes_full=11,
+    ),
+    Case(
+        op="log_mean_exp",
+        inputs=(Input("log_w", normal(3.0)),),
+        outputs=("row",),
+        eager=_eager_log_mean_exp,
+        distributions=None,
+        bench=((100, 50), (4096, 64)),
+        bytes_forward=1,
+        bytes_full=3,
+    ),
+)
+
+
+def _samples(shape: Shape) -> int:
+    return shape[1] if len(shape) == 3 else 4
+
+
+COMPOSITIONS: tuple[Composition, ...] = (
+    # The IWAE's likelihood and bound, B x K x D: x is [B, D], logits of K samples [K, B, D].
+    Composition(
+        op="importance_weighted_bound",
+        inputs=(
+            Input("x", binary, data=True, shape=lambda s: (s[0], s[-1])),
+            Input("logits", normal(3.0), shape=lambda s: (_samples(s), s[0], s[-1])),
+            Input("log_ratio", normal(3.0), shape=lambda s: (_samples(s), s[0])),
+        ),
+        outputs=("row",),
+        eager=_eager_importance_weighted_bound,
+        distributions=None,
+        bench=((100, 50, 784),),
+        bytes_forward=1,  # read logits
+        bytes_full=3,  # and read logits, write their gradient
+        ours=lambda x, logits, log_ratio: fastvae.importance_weighted_bound(
+            fastvae.bernoulli_log_prob(x, logits) + log_ratio
+        ),
+        exact=lambda x, logits, log_ratio: fastvae.reference.log_mean_exp(
+            (fastvae.reference.bernoulli_log_prob(x, logits) + log_ratio).movedim(0, -1)
+        ),
     ),
 )

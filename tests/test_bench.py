@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, COMPOSITIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [
@@ -92,7 +92,7 @@ def _measure(package, case, mode, shape=(16, 8)):
 
 
 @pytest.mark.parametrize("mode", ["forward", "full"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + COMPOSITIONS, ids=lambda case: case.name)
 def test_all_providers_are_right(package, case, mode):
     timed, problems = _measure(package, case, mode)
     assert problems == {}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, COMPOSITIONS, Case
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
@@ -23,9 +23,9 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    """All rows share the tests' code: dynamo would count them as recompilations of one."""
-    torch._dynamo.reset()
+def fresh_compiler() -> None:
+    """A test compiles one function for every case, and torch gives up on the ninth."""
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -209,6 +209,8 @@ BROADCASTS = ((33,), (1, 33), (4, 33), (4, 1), (6, 1, 33), (1, 4, 1), (6, 1, 1),
 @pytest.mark.parametrize("shape", BROADCASTS, ids=str)
 def test_broadcast_equals_expanded(case, shape, device, key):
     """Any input may be broadcast; its gradient is the sum over what was shared."""
+    if len(case.inputs) == 1:
+        pytest.skip("nothing to broadcast with")
     for k in range(len(case.inputs)):
         small = case.draw((6, 4, 33), torch.float64, device=device)
         small[k] = case.draw(shape, torch.float64, seed=1, device=device)[k]
@@ -343,7 +345,9 @@ def test_every_registered_op_has_a_case():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("fastvae::")
     }
-    assert registered == {case.op for case in CASES} == set(fastvae.functional.__all__)
+    assert registered == {case.op for case in CASES}
+    composed = {case.op for case in COMPOSITIONS}
+    assert registered | composed == set(fastvae.functional.__all__)
 
 
 @each_case

@@ -226,6 +226,7 @@ class Formula:
     row_sum: bool = False
     row_input: bool = False
     noise: bool = False
+    reduces: bool = False  # the term is the row's value already, not what adds up to it
     low: float = -2.0  # inputs are drawn from here to 2
 
 
@@ -341,6 +342,15 @@ FORMULAS = {
     **row_sum(
         "ZeroInflatedNegativeBinomialLogProb", zero_inflated_negative_binomial_log_prob, 4, low=0.1
     ),
+    "LogMeanExp.Forward": Formula(
+        lambda w: ([], w.logsumexp(-1) - math.log(max(1, w.shape[-1]))),
+        1,
+        row_sum=True,
+        reduces=True,
+    ),
+    "LogMeanExp.Backward": Formula(
+        lambda w, g: ([g * torch.softmax(w, -1)], None), 1, outputs=1, row_input=True
+    ),
 }
 
 # Of the largest value: a handful of roundings in the formula, then one to the storage type.
@@ -369,7 +379,9 @@ def check(case: Case, result: tuple[list[torch.Tensor | None], torch.Tensor | No
         bound = TOLERANCE[case.dtype] * (1 + want.abs())
         assert (error <= bound).all(), f"output {k} of {describe(case)}: {got} != {want}"
     if term is not None:
+        term = term.unsqueeze(-1) if case.spec.reduces else term
         error = (row_sum.double() - term.sum(-1)).abs()
+        error[row_sum == term.sum(-1)] = 0  # also where both are infinite
         bound = TOLERANCE[case.row_dtype] * (1 + term.abs()).sum(-1)
         assert (error <= bound).all(), f"sums of {describe(case)}: {row_sum} != {term.sum(-1)}"
 

@@ -20,6 +20,9 @@ LOOPS = [
     "gather<fastvae::Float16, float>",
     "scatter<fastvae::BFloat16, float>",
     "scatter<fastvae::Float16, float>",
+    "raise_lanes<fastvae::LogMeanExp, float>",
+    "add_lanes<fastvae::LogMeanExp, float>",
+    "scale_lanes<fastvae::LogMeanExp, float>",
 ]
 
 
