@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import re
 import statistics
 from pathlib import Path
@@ -151,9 +150,8 @@ def bytes_min(case: Case, shape: Shape, dtype: torch.dtype, mode: str) -> int:
     Row outputs are float32 for half types; forward writes them, backward reads their gradient.
     """
     full = mode == "full"
-    elements = math.prod(shape) * (case.bytes_full if full else case.bytes_forward)
-    row_elements = math.prod(shape[:-1]) * case.outputs.count("row") * (2 if full else 1)
-    return elements * dtype.itemsize + row_elements * max(dtype.itemsize, 4)
+    row_elements = case.row_count(shape) * case.outputs.count("row") * (2 if full else 1)
+    return case.elements(shape, full) * dtype.itemsize + row_elements * max(dtype.itemsize, 4)
 
 
 def last_level_cache(device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +32,8 @@ def as_tuple(x: Any) -> tuple[Tensor, ...]:
 def build(case: Case, device: str, wanted: tuple[str, ...]) -> dict[str, Function]:
     """The providers of a case by name, in the order in which they are shown; ``limit`` apart."""
     torch.compiler.reset()  # else the second size of an op would be compiled for dynamic shapes
-    functions: dict[str, Function] = {"fastvae": case.fastvae, "eager": case.eager}
+    ours = functools.partial(case.fastvae, **case.options) if case.options else case.fastvae
+    functions: dict[str, Function] = {"fastvae": ours, "eager": case.eager}
     functions["compile"] = torch.compile(case.eager)
     if device == "cuda":
         functions["compile-max-autotune"] = torch.compile(case.eager, mode="max-autotune")
@@ -64,6 +66,7 @@ _ALLOWED = {
     torch.float16: 1e-2,
 }
 _EDGE = 2**18  # elements checked at each end of inputs too large for float64 copies of everything
+_BATCH = 512  # rows checked where each sees all the others: then no end of a batch stands alone
 
 
 def _edges(shape: torch.Size) -> Iterator[slice]:
@@ -109,6 +112,10 @@ def check(
     fastvae's samples are replayed from its key. Others' cannot be: their noise is recovered from
     ``z`` and tested to be standard normal, and then gradients are compared for that very noise.
     """
+    if case.sees_batch:
+        few = slice(0, _BATCH)
+        inputs = [t.detach()[few].requires_grad_(t.requires_grad) for t in inputs]
+        grad_outputs = grad_outputs and [g[few] for g in grad_outputs]
     dtype, shape = inputs[0].dtype, inputs[0].shape
     key = fastvae.random.key(2026, device=inputs[0].device)
     replayed = case.sampled and name == "fastvae"
@@ -121,10 +128,11 @@ def check(
         grads = torch.autograd.grad(outputs, [inputs[i] for i in wanted], cast)
 
     worst = 0.0
-    alike = all(t.shape == shape for t in inputs)  # else the first dimensions are not the rows
+    # where inputs have shapes of their own, their first dimensions are not the rows
+    alike = all(t.shape == shape for t, i in zip(inputs, case.inputs, strict=True) if i.has_rows)
     for rows in _edges(shape) if alike else [slice(None)]:
-        exact = [t.detach()[rows].double().requires_grad_(i in wanted)
-                 for i, t in enumerate(inputs)]  # fmt: skip
+        cut = case.rows([t.detach() for t in inputs], rows)
+        exact = [t.double().requires_grad_(i in wanted) for i, t in enumerate(cut)]
         at = fastvae.random.shard(key, rows.start, math.prod(shape[1:])) if case.sampled else None
         truths = list(case.call_reference(exact, at))
         if case.sampled and not replayed:
@@ -137,12 +145,13 @@ def check(
             ones = [g[rows].double() for g in grad_outputs]
             true_grads = torch.autograd.grad(truths, [exact[i] for i in wanted], ones)
         pairs = [
-            (f"output {i}", o, t) for i, (o, t) in enumerate(zip(outputs, truths, strict=True))
+            (f"output {i}", o[rows], t)
+            for i, (o, t) in enumerate(zip(outputs, truths, strict=True))
         ]
         pairs += [
-            (f"the gradient of {case.inputs[i].name}", g, t)
+            (f"the gradient of {case.inputs[i].name}", g[rows] if case.inputs[i].has_rows else g, t)
             for i, g, t in zip(wanted, grads, true_grads, strict=True)
         ]
         for what, value, truth in pairs:
-            worst = max(worst, _compare(what, value[rows], truth.detach(), dtype))
+            worst = max(worst, _compare(what, value, truth.detach(), dtype))
     return worst

@@ -37,7 +37,8 @@ from .report import Problem, Record, write
 __all__ = ["Job", "Setting", "main", "measure_job"]
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY: Shape = (4, 8)  # where the cost of a call is all there is
+TINY: Shape = (4, 8)  # rows and columns, where the cost of a call is all there is
+MOST_BYTES = 4e9  # what is written by hand may fill with one tensor
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -59,17 +60,18 @@ class Job:
     """One line of the table."""
 
     case: Case
-    shape: Shape
+    shape: Shape  # the case's sizes
     dtype: torch.dtype
     mode: str  # "forward" or "full"
 
     @property
     def tiny(self) -> bool:
-        return self.shape == TINY
+        return self.shape == self.case.sizes(TINY)
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, ("x".join(map(str, self.shape)), self.case.variant)))
+        shape = TINY if self.tiny else self.shape
+        return " ".join(filter(None, ("x".join(map(str, shape)), self.case.variant)))
 
     @property
     def title(self) -> str:
@@ -89,7 +91,7 @@ def _one_line(error: Exception) -> str:
 def measure_job(job: Job, setting: Setting) -> tuple[list[Record], list[Problem]]:
     """Checks every provider, then times those that are right."""
     case, device = job.case, setting.device
-    inputs = case.draw(job.shape, job.dtype, device=device)
+    inputs = case.draw_sizes(job.shape, job.dtype, device=device)
     if job.mode == "full" or job.tiny:  # a tiny forward is timed as a training step has it
         for tensor, spec in zip(inputs, case.inputs, strict=True):
             tensor.requires_grad_(not spec.data)
@@ -103,7 +105,11 @@ def measure_job(job: Job, setting: Setting) -> tuple[list[Record], list[Problem]
     errors: dict[str, float] = {"limit": 0.0}
     peaks: dict[str, int] = {"limit": 0}
 
+    by_hand = case.eager_bytes(job.shape) * job.dtype.itemsize // 4
     for provider, function in functions.items():
+        if provider != "fastvae" and by_hand > MOST_BYTES:
+            problems.append(job.problem(provider, f"skipped: one tensor of {by_hand / 1e9:.1f} GB"))
+            continue
         try:
             grads = None
             if job.mode == "full":
@@ -170,7 +176,7 @@ def jobs(ops: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job
             for shape in sizes:
                 yield Job(case, shape, dtype, "forward")
                 yield Job(case, shape, dtype, "full")
-            yield Job(case, TINY, dtype, "forward")
+            yield Job(case, case.sizes(TINY), dtype, "forward")
 
 
 def _git() -> str:

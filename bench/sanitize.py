@@ -36,9 +36,9 @@ def main() -> int:
     for case, (dtype, tolerance), shape in product(CASES, TOLERANCE.items(), SHAPES):
         # one column too many, cut off: rows begin anywhere, and do not follow one another
         wide = case.draw((shape[0], shape[1] + 1), dtype)
-        cut = [t.to(device)[:, 1:] for t in wide]
+        cut = [t.to(device)[..., 1:] if t.dim() > 1 else t.to(device) for t in wide]
         layouts = {"sliced": cut, "contiguous": [t.contiguous() for t in cut]}
-        exact = [t[:, 1:].double() for t in wide]
+        exact = [t.cpu().double() for t in cut]
         for tensors in (exact, *layouts.values()):
             for spec, tensor in zip(case.inputs, tensors, strict=True):
                 tensor.requires_grad_(not spec.data)

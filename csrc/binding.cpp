@@ -30,25 +30,42 @@ bool is_supported(at::ScalarType type) {
 
 }  // namespace
 
+void check_input(const char* op, const Argument& argument, const Argument& first) {
+  const Tensor& x = argument.tensor;
+  TORCH_CHECK(x.defined(), "fastvae::", op, ": ", argument.name, " must be a tensor, got None");
+  TORCH_CHECK_TYPE(is_supported(x.scalar_type()), "fastvae::", op, ": ", argument.name,
+                   " must be float32, float64, bfloat16 or float16, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == first.tensor.scalar_type(), "fastvae::", op, ": ",
+                   argument.name, " must have the dtype of ", first.name, ", got ", x.scalar_type(),
+                   " and ", first.tensor.scalar_type());
+  TORCH_CHECK(x.device() == first.tensor.device(), "fastvae::", op, ": ", argument.name,
+              " must be on the device of ", first.name, ", got ", x.device(), " and ",
+              first.tensor.device());
+#ifndef FASTVAE_CUDA
+  TORCH_CHECK(!x.is_cuda(), "fastvae::", op, ": ", argument.name, " must be on cpu, got ",
+              x.device(), ": fastvae was built without CUDA; rebuild with FASTVAE_CUDA=ON");
+#endif
+  TORCH_CHECK(x.dim() > 0, "fastvae::", op, ": ", argument.name,
+              " must have at least one dimension, got a 0-dim tensor");
+}
+
+void check_row_values(const char* op, const Argument& values, c10::SymIntArrayRef rows,
+                      const Tensor& input) {
+  const Tensor& x = values.tensor;
+  const auto type = row_options(input).dtype().toScalarType();
+  TORCH_CHECK_VALUE(x.sym_sizes() == rows, "fastvae::", op, ": ", values.name,
+                    " must have one value per row, got ", x.sym_sizes(), " and ", rows);
+  TORCH_CHECK_TYPE(x.scalar_type() == type, "fastvae::", op, ": ", values.name, " must be ", type,
+                   ", got ", x.scalar_type());
+  TORCH_CHECK(x.device() == input.device(), "fastvae::", op, ": ", values.name,
+              " must be on the device of the inputs, got ", x.device(), " and ", input.device());
+}
+
 RowOp::RowOp(const char* name, std::initializer_list<Argument> inputs) : name_(name) {
   const Argument& first = *inputs.begin();
   for (const Argument& argument : inputs) {
+    check_input(name, argument, first);
     const Tensor& x = argument.tensor;
-    TORCH_CHECK(x.defined(), "fastvae::", name, ": ", argument.name, " must be a tensor, got None");
-    TORCH_CHECK_TYPE(is_supported(x.scalar_type()), "fastvae::", name, ": ", argument.name,
-                     " must be float32, float64, bfloat16 or float16, got ", x.scalar_type());
-    TORCH_CHECK_TYPE(x.scalar_type() == first.tensor.scalar_type(), "fastvae::", name, ": ",
-                     argument.name, " must have the dtype of ", first.name, ", got ",
-                     x.scalar_type(), " and ", first.tensor.scalar_type());
-    TORCH_CHECK(x.device() == first.tensor.device(), "fastvae::", name, ": ", argument.name,
-                " must be on the device of ", first.name, ", got ", x.device(), " and ",
-                first.tensor.device());
-#ifndef FASTVAE_CUDA
-    TORCH_CHECK(!x.is_cuda(), "fastvae::", name, ": ", argument.name, " must be on cpu, got ",
-                x.device(), ": fastvae was built without CUDA; rebuild with FASTVAE_CUDA=ON");
-#endif
-    TORCH_CHECK(x.dim() > 0, "fastvae::", name, ": ", argument.name,
-                " must have at least one dimension, got a 0-dim tensor");
     if (inputs_.empty()) {
       shape_.assign(x.sym_sizes().begin(), x.sym_sizes().end());
     } else if (x.sym_sizes() != c10::SymIntArrayRef(shape_)) {
@@ -64,15 +81,7 @@ RowOp::RowOp(const char* name, std::initializer_list<Argument> inputs) : name_(n
 }
 
 RowOp& RowOp::row_input(const char* name, const Tensor& value) {
-  const c10::SymIntArrayRef rows(shape_.data(), shape_.size() - 1);
-  const auto type = row_options().dtype().toScalarType();
-  TORCH_CHECK_VALUE(value.sym_sizes() == rows, "fastvae::", name_, ": ", name,
-                    " must have one value per row, got ", value.sym_sizes(), " and ", rows);
-  TORCH_CHECK_TYPE(value.scalar_type() == type, "fastvae::", name_, ": ", name, " must be ", type,
-                   ", got ", value.scalar_type());
-  TORCH_CHECK(value.device() == inputs_[0].device(), "fastvae::", name_, ": ", name,
-              " must be on the device of the inputs, got ", value.device(), " and ",
-              inputs_[0].device());
+  check_row_values(name_, {name, value}, {shape_.data(), shape_.size() - 1}, inputs_[0]);
   row_input_ = value;
   return *this;
 }
@@ -89,7 +98,7 @@ RowOp& RowOp::key(const Tensor& key) {
   return *this;
 }
 
-Tensor RowOp::allocate(c10::SymIntArrayRef shape, at::TensorOptions options) {
+Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options) {
   Tensor x = at::empty_symint(shape, options);
 #ifdef MADV_HUGEPAGE
   // malloc maps blocks this large anew for many a call, and faults them in page by page: up to 25
@@ -105,9 +114,9 @@ Tensor RowOp::allocate(c10::SymIntArrayRef shape, at::TensorOptions options) {
   return x;
 }
 
-at::TensorOptions RowOp::row_options() const {
-  const bool is_double = inputs_[0].scalar_type() == at::kDouble;
-  return inputs_[0].options().dtype(is_double ? at::kDouble : at::kFloat);
+at::TensorOptions row_options(const Tensor& input) {
+  const bool is_double = input.scalar_type() == at::kDouble;
+  return input.options().dtype(is_double ? at::kDouble : at::kFloat);
 }
 
 Sweep RowOp::lay_out() {
@@ -173,14 +182,15 @@ Tensor chain_rule(const char* name, const Tensor& grad, const Tensor& derivative
   return op.row_input("grad", grad).run<ChainRule>().outputs[0];
 }
 
-variable_list call_reference(const char* name, at::TensorList inputs) {
+variable_list call_reference(const char* name, at::TensorList inputs, const Settings& settings) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
       (std::string("fastvae_reference::") + name).c_str(), "");
   torch::jit::Stack stack;
   for (const Tensor& input : inputs) {
     stack.push_back(input.defined() ? c10::IValue(input) : c10::IValue());
   }
-  stack.resize(op.schema().arguments().size());  // absent ones are None
+  stack.resize(op.schema().arguments().size() - settings.size());  // absent ones are None
+  stack.insert(stack.end(), settings.begin(), settings.end());
   op.callBoxed(&stack);
   variable_list outputs;
   for (const c10::IValue& output : stack) outputs.push_back(output.toTensor());
@@ -192,8 +202,9 @@ bool is_transformed(const Tensor& x) {
 }
 
 variable_list reference_backward(const char* name, const variable_list& grads,
-                                 const variable_list& inputs, const std::vector<bool>& wanted) {
-  const variable_list twins = call_reference(name, inputs);
+                                 const variable_list& inputs, const Settings& settings,
+                                 const std::vector<bool>& wanted) {
+  const variable_list twins = call_reference(name, inputs, settings);
   variable_list outputs, output_grads, wanted_inputs, result(inputs.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!grads[i].defined()) continue;

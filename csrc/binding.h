@@ -45,6 +45,17 @@ struct Argument {
   const Tensor& tensor;
 };
 
+// Throws unless the argument is floating, of the dtype and on the device of the first, and no
+// scalar.
+void check_input(const char* op, const Argument& argument, const Argument& first);
+// Throws unless the values, such as the gradient of a row sum, are one for each row of the inputs.
+void check_row_values(const char* op, const Argument& values, c10::SymIntArrayRef rows,
+                      const Tensor& input);
+// What a row sum of the input comes in: half types sum in, and return, float32.
+at::TensorOptions row_options(const Tensor& input);
+// A new tensor, of huge pages if it is large.
+Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options);
+
 // One call of one op: checks its inputs, broadcasts them to [..., columns], runs formulas over
 // them. Nothing here depends on concrete sizes until the kernel is launched, so a dynamic shape
 // stays one.
@@ -72,10 +83,8 @@ class RowOp {
     return run<F>(all);
   }
 
- protected:  // what an op with an engine of its own shares (bound.cpp)
-  static Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options);
-  at::TensorOptions row_options() const;  // half types sum in, and return, float32
-  Sweep lay_out();                        // of the inputs; sizes are concrete from here on
+ protected:         // what an op with an engine of its own shares (bound.cpp)
+  Sweep lay_out();  // of the inputs; sizes are concrete from here on
 
   const char* name_;
   c10::SmallVector<Tensor, kMaxInputs> inputs_;
@@ -96,7 +105,7 @@ RowOp::Result<F> RowOp::run(std::array<bool, F::shape.outputs> wanted) {
   }
   if constexpr (F::shape.row_sums > 0) {
     result.row_sum =
-        allocate(c10::SymIntArrayRef(shape_).slice(0, shape_.size() - 1), row_options());
+        allocate(c10::SymIntArrayRef(shape_).slice(0, shape_.size() - 1), row_options(inputs_[0]));
   }
   if (inputs_[0].is_meta()) return result;
 
@@ -161,8 +170,9 @@ Tensor chain_rule(const char* name, const Tensor& grad, const Tensor& derivative
 //
 // define<Op>() registers fastvae::<name> and fastvae::<name>_backward, and makes the first
 // differentiable to any order. Keys, which get no gradient, come after the floating inputs;
-// optional tensors come last, and if one is absent so are those after it. A gradient that is the
-// first of grads itself comes back undefined though wanted: an op may not return its argument.
+// optional tensors come last, and if one is absent so are those after it. What is no tensor,
+// numbers and strings, comes after all tensors, also in backward. A gradient that is the first of
+// grads itself comes back undefined though wanted: an op may not return its argument.
 //
 // On a CPU arithmetic is dear, so there an op in float32 or float64 may keep something for backward
 // (see keeps()), which then takes it as an optional tensor after the inputs. Either
@@ -170,19 +180,29 @@ Tensor chain_rule(const char* name, const Tensor& grad, const Tensor& derivative
 //     static constexpr bool kKeepsDerivative = true;
 //     static std::tuple<Tensor, Tensor> forward_keeping(x, mu, log_var);
 //
-// takes the place of forward in training, with one output more, which is kept; or
+// takes the place of forward in training, with one output more, which is kept (everywhere and in
+// every dtype if kKeepsEverywhere is true); or
 //
 //     static constexpr bool kKeepsSample = true;
 //
 // keeps the first output, as long as nobody changes it in place: it is the user's own.
 
+// The arguments of an op that are no tensors.
+using Settings = std::vector<c10::IValue>;
+
+template <class Arg>
+inline constexpr bool kIsTensor = std::is_same_v<std::decay_t<Arg>, Tensor> ||
+                                  std::is_same_v<std::decay_t<Arg>, std::optional<Tensor>>;
+
 // Between typed signatures and lists of tensors, in which an absent tensor is undefined or, at the
-// end, left out.
+// end, left out; and of settings.
 template <class Signature>
 struct Unpack;
 template <class R, class... Args>
 struct Unpack<R(Args...)> {
   using Typed = c10::TypedOperatorHandle<R(Args...)>;
+  using Types = std::tuple<Args...>;
+  static constexpr size_t kTensors = (size_t{0} + ... + (kIsTensor<Args> ? 1 : 0));
 
   template <class Arg>
   static decltype(auto) as(const Tensor& x) {
@@ -192,19 +212,28 @@ struct Unpack<R(Args...)> {
       return x.defined() ? std::optional<Tensor>(x) : std::nullopt;
     }
   }
-  template <size_t... I, class... Rest>
-  static variable_list call(const Typed& op, at::TensorList in, std::index_sequence<I...>,
+  // As many tensors and settings as the signature has, and the rest.
+  template <class... Rest>
+  static variable_list call(const Typed& op, at::TensorList in, const Settings& settings,
                             const Rest&... rest) {
-    using Types = std::tuple<Args...>;
-    return list(op.call(as<std::tuple_element_t<I, Types>>(in[I])..., rest...));
+    constexpr size_t kSettings = sizeof...(Args) - kTensors - sizeof...(Rest);
+    return call(op, in, settings, std::make_index_sequence<kTensors>{},
+                std::make_index_sequence<kSettings>{}, rest...);
+  }
+  template <size_t... I, size_t... S, class... Rest>
+  static variable_list call(const Typed& op, at::TensorList in, const Settings& settings,
+                            std::index_sequence<I...>, std::index_sequence<S...>,
+                            const Rest&... rest) {
+    return list(op.call(
+        as<std::tuple_element_t<I, Types>>(in[I])...,
+        settings[S].template to<std::decay_t<std::tuple_element_t<kTensors + S, Types>>>()...,
+        rest...));
   }
   static variable_list list(const Tensor& x) { return {x}; }
   template <class... Ts>
   static variable_list list(const std::tuple<Ts...>& xs) {
     return std::apply([](const auto&... x) { return variable_list{x...}; }, xs);
   }
-  static Tensor tensor(const Tensor& x) { return x; }
-  static Tensor tensor(const std::optional<Tensor>& x) { return x.value_or(Tensor()); }
   static R result(variable_list outputs) {
     if constexpr (std::is_same_v<R, Tensor>) {
       return std::move(outputs[0]);
@@ -212,11 +241,26 @@ struct Unpack<R(Args...)> {
       return {std::move(outputs[0]), std::move(outputs[1])};
     }
   }
+  template <class Arg>
+  static void pack(const Arg& x, Tensor*& input, Settings& settings) {
+    if constexpr (std::is_same_v<Arg, Tensor>) {
+      *input++ = x;
+    } else if constexpr (kIsTensor<Arg>) {
+      *input++ = x.value_or(Tensor());
+    } else if constexpr (std::is_same_v<Arg, c10::string_view>) {
+      settings.emplace_back(std::string(x));
+    } else {
+      settings.emplace_back(x);
+    }
+  }
   // The typed function that packs its arguments, calls Function, and unpacks the result.
-  template <variable_list (*Function)(at::TensorList)>
+  template <variable_list (*Function)(at::TensorList, const Settings&)>
   static R adapt(Args... args) {
-    const std::array<Tensor, sizeof...(Args)> inputs{tensor(args)...};
-    return result(Function(inputs));
+    std::array<Tensor, kTensors> inputs;
+    Tensor* input = inputs.data();
+    Settings settings;
+    (pack<std::decay_t<Args>>(args, input, settings), ...);
+    return result(Function(inputs, settings));
   }
 };
 
@@ -226,7 +270,11 @@ template <class Op>
 concept KeepsSample = requires { requires Op::kKeepsSample; };
 
 template <class Op>
+concept KeepsEverywhere = requires { requires Op::kKeepsEverywhere; };
+
+template <class Op>
 bool keeps(const Tensor& input) {
+  if constexpr (KeepsEverywhere<Op>) return true;
   const bool single = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble;
   return (KeepsDerivative<Op> || KeepsSample<Op>) && input.device().is_cpu() && single;
 }
@@ -245,85 +293,77 @@ struct Calls {
     return op;
   }
 
-  template <class R, class... Args>
-  static constexpr size_t arity(R (*)(Args...)) {
-    return sizeof...(Args);
+  static variable_list forward(at::TensorList inputs, const Settings& settings) {
+    return call<Forward>("", inputs, settings);
   }
-
-  static variable_list forward(at::TensorList inputs) {
-    return call<Forward>("", inputs, std::make_index_sequence<kInputs>{});
-  }
-  static variable_list forward_keeping(at::TensorList inputs)
+  static variable_list forward_keeping(at::TensorList inputs, const Settings& settings)
     requires KeepsDerivative<Op>
   {
-    using Signature = std::remove_pointer_t<decltype(&Op::forward_keeping)>;
-    return call<Signature>("_keeping", inputs, std::make_index_sequence<kInputs>{});
+    return call<std::remove_pointer_t<decltype(&Op::forward_keeping)>>("_keeping", inputs,
+                                                                       settings);
   }
 
   static variable_list backward(const variable_list& grads, const variable_list& inputs,
-                                const Tensor& kept, const std::vector<bool>& wanted) {
-    constexpr size_t kTensors = arity(&Op::backward) - 1;
-    using Types = typename Arguments<Backward>::Types;
-    std::tuple_element_t<kTensors, Types> mask;
+                                const Tensor& kept, const Settings& settings,
+                                const std::vector<bool>& wanted) {
+    using Types = typename Unpack<Backward>::Types;
+    constexpr size_t kTensors = Unpack<Backward>::kTensors;
+    std::decay_t<std::tuple_element_t<std::tuple_size_v<Types> - 1, Types>> mask;
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = i < wanted.size() && wanted[i];
     std::array<Tensor, kTensors> arguments;
     std::copy(grads.begin(), grads.end(), arguments.begin());
     std::copy(inputs.begin(), inputs.end(), arguments.begin() + grads.size());
     if (kTensors > grads.size() + kInputs) arguments[kTensors - 1] = kept;
-    variable_list result = Unpack<Backward>::call(handle<Backward>("_backward"), arguments,
-                                                  std::make_index_sequence<kTensors>{}, mask);
+    variable_list result =
+        Unpack<Backward>::call(handle<Backward>("_backward"), arguments, settings, mask);
     result.resize(inputs.size());
     return result;
   }
 
  private:
-  static constexpr size_t kInputs = arity(&Op::forward);
-
-  template <class Signature, size_t... I>
-  static variable_list call(const char* suffix, at::TensorList inputs,
-                            std::index_sequence<I...> all) {
-    const std::array<Tensor, kInputs> padded{(I < inputs.size() ? inputs[I] : Tensor())...};
-    return Unpack<Signature>::call(handle<Signature>(suffix), padded, all);
-  }
+  static constexpr size_t kInputs = Unpack<Forward>::kTensors;
 
   template <class Signature>
-  struct Arguments;
-  template <class R, class... Args>
-  struct Arguments<R(Args...)> {
-    using Types = std::tuple<std::decay_t<Args>...>;
-  };
+  static variable_list call(const char* suffix, at::TensorList inputs, const Settings& settings) {
+    std::array<Tensor, kInputs> padded;
+    std::copy(inputs.begin(), inputs.end(), padded.begin());
+    return Unpack<Signature>::call(handle<Signature>(suffix), padded, settings);
+  }
 };
 
 // The op's twin in plain PyTorch, fastvae.reference.<name>, differentiable in every way torch
 // knows. It serves where a C++ autograd function cannot: under the transforms of torch.func, in
 // forward-mode AD, and for gradients of gradients. Same noise from the same key.
-variable_list call_reference(const char* name, at::TensorList inputs);
+variable_list call_reference(const char* name, at::TensorList inputs, const Settings& settings);
 
 // d outputs / d inputs of the twin, itself differentiable. Undefined where not wanted.
 variable_list reference_backward(const char* name, const variable_list& grads,
-                                 const variable_list& inputs, const std::vector<bool>& wanted);
+                                 const variable_list& inputs, const Settings& settings,
+                                 const std::vector<bool>& wanted);
 
 // Whether a tensor is wrapped by torch.func (grad, vjp, jvp) or carries a forward-mode tangent.
 bool is_transformed(const Tensor& x);
 
 template <class Op>
 struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
-  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList inputs) {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList inputs,
+                               const Settings& settings) {
     ctx->set_materialize_grads(false);  // an output that was not used has no gradient
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     variable_list saved = inputs.vec(), outputs;
     if constexpr (KeepsDerivative<Op>) {
       if (keeps<Op>(inputs[0])) {
-        outputs = Calls<Op>::forward_keeping(inputs);
+        outputs = Calls<Op>::forward_keeping(inputs, settings);
         saved.push_back(std::move(outputs.back()));
         outputs.pop_back();
       }
     }
-    if (outputs.empty()) outputs = Calls<Op>::forward(inputs);
+    if (outputs.empty()) outputs = Calls<Op>::forward(inputs, settings);
     if constexpr (KeepsSample<Op>) {
       if (keeps<Op>(inputs[0])) remember(ctx, outputs[0]);
     }
     ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
+    if (!settings.empty()) ctx->saved_data["settings"] = c10::ivalue::Tuple::create(settings);
     ctx->save_for_backward(std::move(saved));
     return outputs;
   }
@@ -333,16 +373,21 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
     const auto count = static_cast<size_t>(ctx->saved_data["inputs"].toInt());
     Tensor kept = inputs.size() > count ? inputs.back() : recall(ctx);
     inputs.resize(count);
+    const auto stored = ctx->saved_data.find("settings");
+    const Settings settings =
+        stored == ctx->saved_data.end() ? Settings() : stored->second.toTupleRef().elements().vec();
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
-      return variable_list(count);
+      return variable_list(count + 1);
     }
     std::vector<bool> wanted(count);
     for (size_t i = 0; i < count; ++i) {
       wanted[i] = ctx->needs_input_grad(i);
     }
-    if (at::GradMode::is_enabled()) return reference_backward(Op::kName, grads, inputs, wanted);
+    if (at::GradMode::is_enabled()) {
+      return settled(reference_backward(Op::kName, grads, inputs, settings, wanted));
+    }
     at::AutoDispatchBelowADInplaceOrView below_autograd;  // the backward op has no kernel above
-    variable_list result = Calls<Op>::backward(grads, inputs, kept, wanted);
+    variable_list result = Calls<Op>::backward(grads, inputs, kept, settings, wanted);
     for (size_t i = 0; i < count; ++i) {
       if (!wanted[i]) {
         result[i] = Tensor();
@@ -353,10 +398,15 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
         result[i] = at::sum_to(result[i], inputs[i].sym_sizes());
       }
     }
-    return result;
+    return settled(std::move(result));
   }
 
  private:
+  // Autograd wants one answer for each argument of forward: none for the settings.
+  static variable_list settled(variable_list grads) {
+    grads.emplace_back();
+    return grads;
+  }
   // A sample that was changed in place since is forgotten, and backward draws its noise again: in
   // eager PyTorch such a change is legal. Not while tracing, where a version says nothing.
   static void remember(torch::autograd::AutogradContext* ctx, const Tensor& sample) {
@@ -375,22 +425,24 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
 
 // The kernel under the Autograd key: out of the way at once when no gradient is asked for.
 template <class Op>
-variable_list call_autograd(at::TensorList inputs) {
+variable_list call_autograd(at::TensorList inputs, const Settings& settings) {
   while (!inputs.back().defined()) inputs = inputs.slice(0, inputs.size() - 1);
   bool requires_grad = false;
   for (const Tensor& input : inputs) {
-    if (is_transformed(input)) return call_reference(Op::kName, inputs);
+    if (is_transformed(input)) return call_reference(Op::kName, inputs, settings);
     requires_grad |= input.requires_grad();
   }
-  if (requires_grad && at::GradMode::is_enabled()) return Differentiable<Op>::apply(inputs);
+  if (requires_grad && at::GradMode::is_enabled()) {
+    return Differentiable<Op>::apply(inputs, settings);
+  }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return Calls<Op>::forward(inputs);
+  return Calls<Op>::forward(inputs, settings);
 }
 
 // Under vmap the reference broadcasts; the fallback would call the kernel once per example.
 template <class Op>
-variable_list call_batched(at::TensorList inputs) {
-  return call_reference(Op::kName, inputs);
+variable_list call_batched(at::TensorList inputs, const Settings& settings) {
+  return call_reference(Op::kName, inputs, settings);
 }
 
 // Under autocast, inputs of several floating types meet in the widest: a float32 x and bfloat16
@@ -398,11 +450,11 @@ variable_list call_batched(at::TensorList inputs) {
 variable_list promote(c10::DeviceType device, at::TensorList inputs);
 
 template <class Op, c10::DeviceType Device>
-variable_list call_autocast(at::TensorList inputs) {
+variable_list call_autocast(at::TensorList inputs, const Settings& settings) {
   constexpr auto kKey =
       Device == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(kKey)};
-  return Calls<Op>::forward(promote(Device, inputs));
+  return Calls<Op>::forward(promote(Device, inputs), settings);
 }
 
 // Registers an op from its arguments' schema, "(Tensor x, Tensor mu) -> Tensor", its backward's,

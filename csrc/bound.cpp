@@ -14,7 +14,7 @@ class LogMeanExpOp : public RowOp {
   static Tensor forward(const Tensor& log_w) {
     LogMeanExpOp op(log_w);
     Tensor bound =
-        allocate(c10::SymIntArrayRef(op.shape_).slice(0, op.shape_.size() - 1), op.row_options());
+        allocate(c10::SymIntArrayRef(op.shape_).slice(0, op.shape_.size() - 1), row_options(log_w));
     if (log_w.is_meta()) return bound;
     Sweep sweep = op.lay_out();
     sweep.row_sum = bound.mutable_data_ptr();

@@ -145,6 +145,14 @@ FASTVAE_HD T exp(T x) {
          from_bits((n - half) << R::kMantissa);
 }
 
+// e^x, 1.5 ulp, for x within the range of e^x; exactly 0 below -87 (double: -708), NaN passes. For
+// the weights of a softmax, which need no more range: one factor 2^n is enough.
+template <class T>
+FASTVAE_HD T exp_weight(T x) {
+  const ExpReduction<T> e = reduce_exp(x);
+  return x < Real<T>::kExpSmall ? T(0) : (e.expm1_r + T(1)) * power_of_two<T>(e.n);
+}
+
 // ---- what a KL divergence is made of ----
 //
 // e^x - 1 - x cancels near 0, where most posteriors live. With x = n ln 2 + r and

@@ -54,6 +54,7 @@ template <class T>
 T evaluate(const std::string& name, T x) {
   namespace m = fastvae::math;
   if (name == "exp") return m::exp(x);
+  if (name == "exp_weight") return m::exp_weight(x);
   if (name == "half_expm1") return m::half_expm1(x);
   if (name == "half_expm1_minus") return m::half_expm1_minus(x);
   if (name == "half_exp.exp_half") return m::half_exp(x).exp_half;

@@ -322,7 +322,7 @@ def _info(args: argparse.Namespace, argv: list[str]) -> int:
     if info["reason"]:
         rows.append(("reason", str(info["reason"])))
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    for op in functional.__all__:
+    for op in functional.route.OPS:
         paths = (f"{device}: {fastvae.route(op, device)}" for device in devices)
         rows.append((op, ", ".join(paths).replace(f" ({info['reason']})", "")))  # said above
     print("\n".join(f"{name:<20} {value}" for name, value in rows))

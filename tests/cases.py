@@ -50,11 +50,16 @@ class Input:
     draw: Draw = standard_normal
     data: bool = False  # what a training step needs no gradient for: timed without
     shape: Callable[[Shape], Shape] = lambda shape: shape  # of this input, in a case of that shape
+    has_rows: bool = True  # or all rows share it
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op, under its name in ``fastvae``, ``fastvae.reference`` and ``torch.ops.fastvae``."""
+    """One op, under its name in ``fastvae``, ``fastvae.reference`` and ``torch.ops.fastvae``.
+
+    The generic tests think in rows and columns, ``[..., D]``. An op whose inputs have shapes of
+    their own says which of its *sizes* stand for such rows, and the shape of each input at sizes.
+    """
 
     op: str
     inputs: tuple[Input, ...]
@@ -62,12 +67,20 @@ class Case:
     eager: Callable[..., Any]  # the formula as users write it by hand
     distributions: Callable[..., Any] | None  # and with torch.distributions, if it has one
     bench: tuple[Shape, ...]  # sizes, last dimension = row length
-    bytes_forward: (
-        int  # the fewest elements that a forward must read and write, per element of input
-    )
-    bytes_full: int  # and forward + backward, of the inputs that are not data
+    # the fewest elements that a forward must read and write, per element of input; or of its sizes
+    bytes_forward: int | Callable[[Shape], int]
+    # and forward + backward, of the inputs that are not data
+    bytes_full: int | Callable[[Shape], int]
     sampled: bool = False  # takes key= and generator=
     variant: str = ""  # tells rows of one op apart in test names
+    settings: tuple[Any, ...] = ()  # what the op takes after its tensors
+    options: dict[str, Any] = field(default_factory=dict)  # the same, for the public function
+    sizes: Callable[[Shape], Shape] = lambda shape: shape  # that stand for rows [..., D]
+    # Why some generic tests say nothing of this op; empty where they do.
+    no_broadcast: str = ""  # its inputs do not broadcast against each other
+    sees_batch: str = ""  # a row's outputs depend on the other rows
+    copies: str = ""  # it copies its inputs, which therefore must fit in memory
+    eager_bytes: Callable[[Shape], int] = lambda sizes: 0  # of the largest tensor written by hand
     # max |value - float64 reference| / (|reference| + atol) per dtype
     rtol: dict[torch.dtype, float] = field(
         default_factory=lambda: {
@@ -90,9 +103,13 @@ class Case:
     def reference(self) -> Callable[..., Any]:
         return getattr(fastvae.reference, self.op)
 
-    def draw(
+    def draw(self, shape: Shape, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Valid inputs for rows ``[..., D]``; arguments as :meth:`draw_sizes`."""
+        return self.draw_sizes(self.sizes(shape), *args, **kwargs)
+
+    def draw_sizes(
         self,
-        shape: Shape,
+        sizes: Shape,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         requires_grad: bool = False,
@@ -100,18 +117,34 @@ class Case:
     ) -> list[Tensor]:
         """Valid inputs, drawn in float64 and rounded."""
         g = torch.Generator().manual_seed(seed)
-        tensors = [i.draw(i.shape(shape), g).to(device=device, dtype=dtype) for i in self.inputs]
+        tensors = [i.draw(i.shape(sizes), g).to(device=device, dtype=dtype) for i in self.inputs]
         return [t.requires_grad_(requires_grad) for t in tensors]
 
     def call(self, inputs: list[Tensor], key: Tensor | None = None) -> tuple[Tensor, ...]:
         """The public function, its outputs as a tuple."""
-        out = self.fastvae(*inputs, key=key) if self.sampled else self.fastvae(*inputs)
+        options = {**self.options, "key": key} if self.sampled else self.options
+        out = self.fastvae(*inputs, **options)
         return out if isinstance(out, tuple) else (out,)
 
     def call_reference(self, inputs: list[Tensor], key: Tensor | None = None) -> tuple[Tensor, ...]:
         """The reference formula, its outputs as a tuple."""
-        out = self.reference(*inputs, key) if self.sampled else self.reference(*inputs)
+        out = self.reference(*inputs, *([key] if self.sampled else []), *self.settings)
         return out if isinstance(out, tuple) else (out,)
+
+    def elements(self, sizes: Shape, full: bool) -> int:
+        """The fewest to read and write, in forward or in forward and backward."""
+        per_element = self.bytes_full if full else self.bytes_forward
+        return (
+            per_element * math.prod(sizes) if isinstance(per_element, int) else per_element(sizes)
+        )
+
+    def row_count(self, sizes: Shape) -> int:
+        first = self.inputs[0]
+        return math.prod(first.shape(sizes)[:-1])
+
+    def rows(self, inputs: list[Tensor], rows: slice) -> list[Tensor]:
+        """The inputs cut to some rows; what rows share is left whole."""
+        return [x[rows] if i.has_rows else x for x, i in zip(inputs, self.inputs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -221,6 +254,27 @@ def _eager_importance_weighted_bound(x: Tensor, logits: Tensor, log_ratio: Tenso
     return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])
 
 
+def _eager_gaussian_mixture_log_prob(
+    z: Tensor, mu: Tensor, log_var: Tensor, log_weights: Tensor
+) -> Tensor:
+    square = (z.unsqueeze(-2) - mu).pow(2) / log_var.exp()
+    density = -0.5 * (math.log(2 * math.pi) + log_var + square).sum(-1)
+    return torch.logsumexp(log_weights + density, -1)
+
+
+def _eager_aggregate_posterior(z: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+    batch, size = z.shape[0], DATASET
+    m = max(1, batch - 1)
+    i = torch.arange(batch, device=z.device)
+    w = torch.full((batch, batch), 1 / m, dtype=z.dtype, device=z.device)
+    w[i, i] = 1 / size
+    w[i, (i + 1) % batch] = (size - m) / (size * m) if batch > 1 else 1.0
+    square = (z[:, None] - mu[None]).pow(2) / log_var.exp()
+    density = -0.5 * (math.log(2 * math.pi) + log_var + square)
+    log_qz = torch.logsumexp(w.log() + density.sum(-1), 1)
+    return log_qz, torch.logsumexp(w.log()[:, :, None] + density, 1).sum(-1)
+
+
 # --- and with torch.distributions -----------------------------------------------------------------
 
 _d = torch.distributions
@@ -247,6 +301,24 @@ def _distributions_gaussian_kl(
 # --- the table ------------------------------------------------------------------------------------
 
 LATENT: tuple[Shape, ...] = ((128, 32), (1024, 64), (65536, 256))
+
+DATASET = 1_000_000  # data that the batches of aggregate_posterior are a part of
+OWN_SHAPES = "its inputs have shapes of their own"
+PAIRS = "it meets every row with every component, from packed copies"
+
+
+def _log_weights(shape: Shape, g: torch.Generator) -> Tensor:
+    return torch.log_softmax(standard_normal(shape, g), -1)
+
+
+# A pair's weight is e^l: of a log-density l it takes the absolute error for a relative one, and l
+# is a sum of squares of scores that are good to two ulp, up to thousands of nats in these shapes.
+_OF_PAIRS: dict[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-11,
+}
 
 CASES: tuple[Case, ...] = (
     Case(
@@ -388,6 +460,45 @@ CASES: tuple[Case, ...] = (
         bench=((100, 50), (4096, 64)),
         bytes_forward=1,
         bytes_full=3,
+    ),
+    Case(
+        op="gaussian_mixture_log_prob",
+        inputs=(
+            Input("z", shape=lambda s: (*s[:-2], s[-1])),
+            Input("mu", shape=lambda s: s[-2:], has_rows=False),
+            Input("log_var", shape=lambda s: s[-2:], has_rows=False),
+            Input("log_weights", _log_weights, shape=lambda s: s[-2:-1], has_rows=False),
+        ),
+        outputs=("row",),
+        eager=_eager_gaussian_mixture_log_prob,
+        distributions=None,  # it would normalise the weights, and differentiate through that
+        bench=((256, 500, 40),),  # rows x components x columns
+        bytes_forward=lambda s: (s[0] + 2 * s[1]) * s[2] + s[1],
+        bytes_full=lambda s: 3 * ((s[0] + 2 * s[1]) * s[2] + s[1]),  # read twice, and written
+        sizes=lambda shape: (*shape[:-1], 19, shape[-1]),
+        no_broadcast=OWN_SHAPES,
+        copies=PAIRS,
+        eager_bytes=lambda s: 4 * math.prod(s),
+        rtol=_OF_PAIRS,
+    ),
+    Case(
+        op="aggregate_posterior",
+        variant="mss",
+        inputs=(Input("z"), Input("mu"), Input("log_var")),
+        outputs=("row", "row"),
+        eager=_eager_aggregate_posterior,
+        distributions=None,
+        bench=((512, 32), (1024, 32), (4096, 64)),
+        bytes_forward=3,
+        bytes_full=9,
+        settings=(DATASET, "mss", False),
+        options={"dataset_size": DATASET, "estimator": "mss"},
+        sizes=lambda shape: (math.prod(shape[:-1]), shape[-1]),
+        no_broadcast=OWN_SHAPES,
+        sees_batch="its rows are the components of all the others",
+        copies=PAIRS,
+        eager_bytes=lambda s: 4 * s[0] * s[0] * s[1],
+        rtol=_OF_PAIRS,
     ),
 )
 

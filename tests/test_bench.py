@@ -86,7 +86,7 @@ def _measure(package, case, mode, shape=(16, 8)):
     clock = measure.CpuClock(threads=1, seconds=1e-4)
     wanted = ("fastvae", "eager", "torch.distributions", "limit")
     setting = run.Setting("cpu", 1, clock, 2, 1 << 20, "unknown", wanted)
-    job = run.Job(case, shape, torch.float32, mode)
+    job = run.Job(case, case.sizes(shape), torch.float32, mode)
     records, problems = run.measure_job(job, setting)
     return {r.provider for r in records}, {p.provider: p.why for p in problems}
 

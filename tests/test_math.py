@@ -324,6 +324,7 @@ def cos_turn(u: np.ndarray) -> np.ndarray:
 # what it is, its range in float32 and float64, and the bound
 RANGES = {
     "exp": (np.exp, (-103, 88.7), (-745, 709.7), 1.5),
+    "exp_weight": (np.exp, (-87, 88), (-708, 709), 1.5),
     "half_expm1": (lambda x: np.expm1(x) / 2, (-103, 88.7), (-745, 710), 2),
     "half_expm1_minus": (half_expm1_minus, (-103, 88.7), (-745, 710), 3.2),
     "half_exp.exp_half": (lambda x: np.exp(x / 2), (-173, 177), (-1415, 1419), 2),

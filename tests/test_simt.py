@@ -570,6 +570,137 @@ def test_more_than_two_to_the_31_elements(program: Path) -> None:
     torch.testing.assert_close(grad_log_var, torch.full((tail,), math.expm1(-1) / 2))
 
 
+# ---- pairs ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pairs:
+    """Rows that meet components, forward and backward."""
+
+    rows: int
+    components: int
+    dims: int
+    dtype: torch.dtype
+    weighting: int = 0  # in the order of Weighting
+    marginals: bool = False
+    log_weights: bool = True
+    highest_first: bool = False
+    most_blocks: int = 2**31 - 1
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(self.rows + 100 * self.components + self.dims)
+        shapes = [(self.rows, self.dims), *[(self.components, self.dims)] * 2]
+        shapes += [(self.components,)] * self.log_weights
+        draw = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+        self.inputs = [x.to(self.dtype) for x in draw]
+        self.grads = [
+            torch.randn(self.rows, generator=g, dtype=torch.float64).to(self.dtype)
+            for _ in range(1 + self.marginals)
+        ]
+        self.weights = [math.log(0.3), math.log(0.2), math.log(0.4)]  # rest, own, next
+
+    def log_w(self) -> torch.Tensor:
+        """[rows, components]: what the weighting adds, in plain words."""
+        rest, own, following = self.weights
+        w = torch.full((self.rows, self.components), rest, dtype=torch.float64)
+        for i in range(self.rows if self.weighting else 0):
+            columns = {1: ((i + 1) % self.rows, i), 2: (1, 0)}[self.weighting]
+            if columns[0] < self.components:
+                w[i, columns[0]] = following
+            w[i, columns[1]] = own
+        if self.weighting == 2 and self.rows > 1:
+            w[self.rows - 2, 0] = following
+        return w
+
+    def reference(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Outputs, and the gradients of the inputs, by autograd in float64."""
+        inputs = [x.to(torch.float64, copy=True).requires_grad_() for x in self.inputs]
+        z, mu, log_var = inputs[:3]
+        density = torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z[:, None])
+        log_w = self.log_w() + (inputs[3] if self.log_weights else 0.0)
+        outputs = [torch.logsumexp(log_w + density.sum(-1), 1)]
+        if self.marginals:
+            outputs.append(torch.logsumexp(log_w[..., None] + density, 1).sum(-1))
+        grads = torch.autograd.grad(outputs, inputs, [g.double() for g in self.grads])
+        return [o.detach() for o in outputs], list(grads)
+
+    def run(self, program: Path, backward: bool, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        columns = 2 + self.marginals * self.dims
+        shapes = [x.shape for x in self.inputs]
+        if not backward:
+            shapes = [(self.rows,)] * (1 + self.marginals) + [(self.rows, columns)]
+        schedule = (0, 0, int(self.highest_first), self.most_blocks, -1, 0, 0, 0)
+        header = struct.pack(
+            "<32s17q",
+            b"pairs",
+            DTYPES.index(self.dtype),
+            *(self.rows, self.components, self.dims),
+            *(0, 0, 0, 0, 15 if self.log_weights else 7),
+            *schedule,
+        )
+        given = (self.marginals, backward, self.log_weights, backward, backward and self.marginals)
+        header += struct.pack("<6q3d", *map(int, given), self.weighting, *self.weights)
+        data = b"".join(x.contiguous().numpy().tobytes() for x in (*self.inputs, *tensors))
+        done = subprocess.run([program], input=header + data, capture_output=True)
+        if done.returncode != 0:
+            raise AssertionError(done.stderr.decode()[:4000])
+        flat = torch.frombuffer(bytearray(done.stdout), dtype=self.dtype)
+        parts = flat.split([math.prod(s) for s in shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def results(self, program: Path) -> list[torch.Tensor]:
+        *outputs, kept = self.run(program, False)
+        return [*outputs, *self.run(program, True, kept, *self.grads)]
+
+
+PAIRS = (
+    *((1, 1, 1, 0, False), (5, 3, 2, 0, False), (33, 65, 20, 0, False), (4, 70, 129, 0, False)),
+    *((2, 2, 3, 1, True), (33, 33, 5, 1, True), (34, 34, 7, 2, True), (3, 3, 140, 1, True)),
+    *((6, 6, 33, 0, True), (7, 40, 0, 0, False)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("sizes", PAIRS, ids=str)
+def test_pairs(program: Path, sizes: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+    rows, components, dims, weighting, marginals = sizes
+    pairs = Pairs(rows, components, dims, dtype, weighting, marginals, log_weights=not marginals)
+    outputs, grads = pairs.reference()
+    scale = max(1.0, *(o.abs().max().item() for o in outputs))  # a weight takes its exponential
+    tolerance = scale * (1e-6 if dtype == torch.float32 else 1e-14)
+    for got, want in zip(pairs.results(program), [*outputs, *grads], strict=True):
+        assert got.shape == want.shape
+        if want.numel() > 0:
+            error = (got.double() - want).abs().max()
+            assert error <= tolerance * max(1.0, want.abs().max().item()), (sizes, error)
+
+
+@pytest.mark.parametrize("marginals", [False, True])
+def test_schedule_of_pairs_does_not_matter(program: Path, marginals: bool) -> None:
+    results = []
+    for highest_first in (False, True):
+        for most_blocks in (1, 3, 2**31 - 1):
+            pairs = Pairs(37, 37, 21, torch.float32, int(marginals), marginals, not marginals)
+            pairs.highest_first, pairs.most_blocks = highest_first, most_blocks
+            results.append(pairs.results(program))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_no_components_and_far_rows(program: Path) -> None:
+    """-inf with a gradient of zero."""
+    pairs = Pairs(3, 0, 4, torch.float32)
+    log_prob, d_z, *_ = pairs.results(program)
+    assert log_prob.isneginf().all()
+    assert torch.equal(d_z, torch.zeros(3, 4))
+    pairs = Pairs(3, 40, 4, torch.float32)
+    pairs.inputs[0][1] = torch.finfo(torch.float32).max
+    log_prob, d_z, *rest = pairs.results(program)
+    assert log_prob.isneginf().tolist() == [False, True, False]
+    assert torch.equal(d_z[1], torch.zeros(4))
+    assert all(x.isfinite().all() for x in rest)
+
+
 # ---- tests of the tests -----------------------------------------------------------------------
 
 

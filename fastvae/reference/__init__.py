@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import torch
 
-from . import bound, counts, gaussian, likelihood
+from . import bound, counts, gaussian, likelihood, mixture
 from .bound import *  # noqa: F403
 from .counts import *  # noqa: F403
 from .gaussian import *  # noqa: F403
 from .likelihood import *  # noqa: F403
+from .mixture import *  # noqa: F403
 
 __all__: list[str] = ["register"]
 __all__ += bound.__all__
 __all__ += counts.__all__
 __all__ += gaussian.__all__
 __all__ += likelihood.__all__
+__all__ += mixture.__all__
 
 
 def register(ops: list[str]) -> torch.library.Library:

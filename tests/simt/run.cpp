@@ -12,8 +12,14 @@
 #include <string>
 #include <vector>
 
+#include "pairing.h"
 #include "philox.h"
 #include "sweep.h"
+
+namespace fastvae::cuda {
+// mixture.cu, which a program of fewer sources lacks.
+__attribute__((weak)) const char* sweep_pairs(const Pairing& p, bool backward, void* stream);
+}  // namespace fastvae::cuda
 
 extern "C" const char* __asan_default_options() {
   return "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0";
@@ -129,11 +135,77 @@ void run_case(const Header& h) {
   }
 }
 
+// Name "pairs": rows, components and dims come as outer, inner and columns; a PairHeader follows,
+// then the inputs that there are, contiguous: z, mu, log_var, log_weights, kept, grad, grad_prod.
+// The answer is log_prob, log_prod, kept; or d_z, d_mu, d_log_var, d_log_weights, as wanted.
+struct PairHeader {
+  int64_t marginals, backward, log_weights, grad, grad_prod;
+  int64_t weighting;
+  double rest, own, next;
+};
+
+void run_pairs(const Header& h) {
+  PairHeader more;
+  receive(&more, sizeof more);
+  const int64_t item = h.dtype == 1 ? 8 : 4;
+  Pairing p;
+  p.dtype = static_cast<DType>(h.dtype);
+  p.marginals = more.marginals != 0;
+  p.rows = h.outer, p.components = h.inner, p.dims = h.columns;
+  p.weights = {static_cast<Weighting>(more.weighting), more.rest, more.own, more.next};
+
+  std::vector<Buffer> buffers;
+  const auto input = [&](bool there, int64_t elements) -> void* {
+    if (!there) return nullptr;
+    buffers.push_back(allocate(elements * item));
+    receive(buffers.back().get(), static_cast<size_t>(elements * item));
+    return buffers.back().get();
+  };
+  std::vector<std::pair<const char*, int64_t>> answer;
+  const auto output = [&](bool wanted, int64_t elements) -> void* {
+    if (!wanted) return nullptr;
+    buffers.push_back(allocate(elements * item));
+    answer.push_back({buffers.back().get(), elements * item});
+    return buffers.back().get();
+  };
+  const bool backward = more.backward != 0;
+  p.z = input(true, p.rows * p.dims);
+  p.mu = input(true, p.components * p.dims);
+  p.log_var = input(true, p.components * p.dims);
+  p.log_weights = input(more.log_weights != 0, p.components);
+  p.kept = input(backward, p.rows * p.kept_columns());
+  p.grad = input(more.grad != 0, p.rows);
+  p.grad_prod = input(more.grad_prod != 0, p.rows);
+  if (backward) {
+    p.d_z = output(h.wanted & 1, p.rows * p.dims);
+    p.d_mu = output(h.wanted & 2, p.components * p.dims);
+    p.d_log_var = output(h.wanted & 4, p.components * p.dims);
+    p.d_log_weights = output(h.wanted & 8, p.components);
+  } else {
+    p.log_prob = output(true, p.rows);
+    p.log_prod = output(p.marginals, p.rows);
+    p.kept = output(h.wanted & 1, p.rows * p.kept_columns());
+  }
+  buffers.push_back(allocate(cuda::scratch_bytes(p)));
+  p.scratch = buffers.back().get();
+
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  const char* error = cuda::sweep_pairs(p, backward, nullptr);
+  if (error != nullptr) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  for (const auto& [data, bytes] : answer) {
+    if (bytes > 0) std::fwrite(data, static_cast<size_t>(bytes), 1, stdout);
+  }
+}
+
 }  // namespace
 
 int main() {
   Header header;
   while (std::fread(&header, sizeof header, 1, stdin) == 1) {
-    header.name == std::string("philox") ? run_philox(header) : run_case(header);
+    const std::string name = header.name;
+    name == "philox" ? run_philox(header) : name == "pairs" ? run_pairs(header) : run_case(header);
   }
 }

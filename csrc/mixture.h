@@ -1,0 +1,75 @@
+// Mixtures of diagonal Gaussians: what one row, one component and one dimension make of each other.
+// The engines (pairs.h, pairs.cuh) know how the pairs are walked and summed. All in nats.
+#pragma once
+
+#include "gaussian.h"
+
+namespace fastvae {
+
+// log N(z; mu, e^log_var) = offset - score^2, of one dimension,
+//   score = (z - mu) scale,  scale = e^{-log_var / 2} / sqrt 2,  offset = -(log 2 pi + log_var)
+//   / 2.
+// The square of a difference, never the difference of squares: components may be far away.
+struct PairwiseGaussian {
+  template <class T>
+  static FASTVAE_HD T scale(T log_var) {
+    return T(0.70710678118654752) * GaussianKl::inverse_sigma(log_var);
+  }
+  template <class T>
+  static FASTVAE_HD T offset(T log_var) {
+    return GaussianLogProb::Forward::eval<T>(T(0), T(0), log_var).v[0];
+  }
+  template <class T>
+  static FASTVAE_HD T score(T z, T mu, T scale) {
+    return (z - mu) * scale;
+  }
+  template <class T>
+  static FASTVAE_HD T log_density(T offset, T score) {
+    return offset - score * score;
+  }
+
+  // What a pair of weight w = d loss / d log-density adds to its gradients: d mu = -d z but for a
+  // factor of 2 scale, and d log_var.
+  template <class T>
+  static FASTVAE_HD T grad_mean(T weight, T score) {
+    return weight * score;
+  }
+  template <class T>
+  static FASTVAE_HD T grad_log_var(T weight, T score) {
+    return weight * (score * score - T(0.5));
+  }
+  // A pair of no weight adds nothing, also where its score is infinite.
+  template <class T>
+  static FASTVAE_HD T weighed_score(T weight, T score) {
+    return weight == T(0) ? T(0) : score;
+  }
+};
+
+// How much component `column` weighs in row `row`, if that follows from the two numbers alone: of
+// the posteriors of a batch, as estimates of q(z) = 1/N sum_n q(z | x_n) over a data set of N
+// (Chen et al. 2018, appendix C). At most three values a row.
+enum class Weighting : int {
+  kEqual,       // all alike
+  kStratified,  // M = rows - 1: 1/N for the row's own posterior, (N - M) / (N M) for the next one,
+                // 1/M for the others; together 1
+  kLegacy,      // the same three, put where rtqichen/beta-tcvae and its descendants put them
+};
+
+struct LogWeights {
+  Weighting weighting = Weighting::kEqual;
+  double rest = 0, own = 0, next = 0;
+
+  FASTVAE_HD double of(int64_t row, int64_t column, int64_t rows) const {
+    if (weighting == Weighting::kStratified) {
+      const int64_t after = row + 1 == rows ? 0 : row + 1;
+      return column == row ? own : column == after ? next : rest;
+    }
+    if (weighting == Weighting::kLegacy) {
+      const double first = row == rows - 2 ? next : own;
+      return column == 0 ? first : column == 1 ? next : rest;
+    }
+    return rest;
+  }
+};
+
+}  // namespace fastvae
