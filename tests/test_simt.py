@@ -631,7 +631,7 @@ class Pairs:
             shapes = [(self.rows,)] * (1 + self.marginals) + [(self.rows, columns)]
         schedule = (0, 0, int(self.highest_first), self.most_blocks, -1, 0, 0, 0)
         header = struct.pack(
-            "<32s17q",
+            "<64s17q",
             b"pairs",
             DTYPES.index(self.dtype),
             *(self.rows, self.components, self.dims),
