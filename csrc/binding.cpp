@@ -1,7 +1,8 @@
 #include "binding.h"
 
 #include <ATen/ExpandUtils.h>
-#include <torch/csrc/autograd/autograd.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -170,6 +171,7 @@ Sweep RowOp::lay_out() {
     row_input_ = row_input_.contiguous();
     sweep.row_inputs[0] = row_input_.const_data_ptr();
   }
+  sweep.parameters[0] = parameter_;
   if (key_.defined()) {
     key_ = key_.contiguous();
     sweep.key = key_.const_data_ptr<int64_t>();
@@ -177,70 +179,58 @@ Sweep RowOp::lay_out() {
   return sweep;
 }
 
+void RowOp::run(const CompiledFormula& formula, const bool* wanted, Tensor* outputs,
+                Tensor& row_sum) {
+  const Shape& shape = formula.on_cpu.shape;
+  for (int k = 0; k < shape.outputs; ++k) {
+    if (wanted[k]) outputs[k] = allocate(shape_, inputs_[0].options());
+  }
+  if (shape.row_sums > 0) {
+    row_sum =
+        allocate(c10::SymIntArrayRef(shape_).slice(0, shape_.size() - 1), row_options(inputs_[0]));
+  }
+  if (inputs_[0].is_meta()) return;
+
+  Sweep sweep = lay_out();
+  for (int k = 0; k < shape.outputs; ++k) {
+    if (wanted[k]) sweep.outputs[k] = outputs[k].mutable_data_ptr();
+  }
+  if (shape.row_sums > 0) sweep.row_sum = row_sum.mutable_data_ptr();
+  if (sweep.rows() > 0) launch(formula, sweep);
+}
+
+void RowOp::launch(const CompiledFormula& formula, Sweep& sweep) const {
+  // Rows too long for one worker are summed in segments, whose sums are added afterwards.
+  const bool is_cpu = inputs_[0].is_cpu();
+  TORCH_INTERNAL_ASSERT(is_cpu || formula.on_cuda != nullptr);
+  const Shape& shape = formula.on_cpu.shape;
+  const int64_t segments =
+      is_cpu ? cpu::segments_per_row(sweep.columns) : cuda::segments_per_row(sweep.columns);
+  Tensor partial_sums;
+  if (shape.row_sums > 0 && segments > 1) {
+    partial_sums = at::empty({sweep.rows() * segments}, inputs_[0].options().dtype(at::kDouble));
+    sweep.partial_sums = partial_sums.mutable_data_ptr<double>();
+  }
+#ifdef FASTVAE_CUDA
+  if (!is_cpu) {
+    const c10::cuda::CUDAGuard guard(inputs_[0].device());
+    const char* error = formula.on_cuda(sweep, c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
+    return;
+  }
+#endif
+  // Below this many elements a second thread costs more than it brings.
+  const int64_t grain = shape.noise ? 4096 : 16384;
+  const int64_t unit_size = std::max<int64_t>(1, std::min(sweep.columns, cpu::kSegment));
+  at::parallel_for(
+      0, sweep.rows() * segments, std::max<int64_t>(1, grain / unit_size),
+      [&](int64_t begin, int64_t end) { cpu::sweep_units(formula.on_cpu, sweep, begin, end); });
+  if (sweep.partial_sums != nullptr) cpu::add_segments(sweep);
+}
+
 Tensor chain_rule(const char* name, const Tensor& grad, const Tensor& derivative) {
   RowOp op(name, {{"kept", derivative}});
   return op.row_input("grad", grad).run<ChainRule>().outputs[0];
-}
-
-variable_list call_reference(const char* name, at::TensorList inputs, const Settings& settings) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
-      (std::string("fastvae_reference::") + name).c_str(), "");
-  torch::jit::Stack stack;
-  for (const Tensor& input : inputs) {
-    stack.push_back(input.defined() ? c10::IValue(input) : c10::IValue());
-  }
-  stack.resize(op.schema().arguments().size() - settings.size());  // absent ones are None
-  stack.insert(stack.end(), settings.begin(), settings.end());
-  op.callBoxed(&stack);
-  variable_list outputs;
-  for (const c10::IValue& output : stack) outputs.push_back(output.toTensor());
-  return outputs;
-}
-
-bool is_transformed(const Tensor& x) {
-  return x.key_set().has(c10::DispatchKey::FuncTorchGradWrapper) || x._fw_grad(0).defined();
-}
-
-variable_list reference_backward(const char* name, const variable_list& grads,
-                                 const variable_list& inputs, const Settings& settings,
-                                 const std::vector<bool>& wanted) {
-  const variable_list twins = call_reference(name, inputs, settings);
-  variable_list outputs, output_grads, wanted_inputs, result(inputs.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i].defined()) continue;
-    outputs.push_back(twins[i]);
-    output_grads.push_back(grads[i]);
-  }
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (wanted[i]) wanted_inputs.push_back(inputs[i]);
-  }
-  const variable_list computed =
-      torch::autograd::grad(outputs, wanted_inputs, output_grads, /*retain_graph=*/true,
-                            /*create_graph=*/true, /*allow_unused=*/true);
-  for (size_t i = 0, k = 0; i < inputs.size(); ++i) {
-    if (wanted[i]) result[i] = computed[k++];
-  }
-  return result;
-}
-
-variable_list promote(c10::DeviceType device, at::TensorList inputs) {
-  at::ScalarType widest = at::autocast::get_lower_precision_fp_from_device_type(device);
-  for (const Tensor& input : inputs) {
-    if (input.defined() && input.is_floating_point()) {
-      widest = c10::promoteTypes(widest, input.scalar_type());
-    }
-  }
-  bool agree = true;
-  for (const Tensor& input : inputs) {
-    agree = agree && (!input.defined() || !input.is_floating_point() ||
-                      input.scalar_type() == inputs[0].scalar_type());
-  }
-  variable_list result;
-  for (const Tensor& input : inputs) {
-    const bool cast = !agree && input.defined() && input.is_floating_point();
-    result.push_back(cast ? at::autocast::cached_cast(widest, input, device) : input);
-  }
-  return result;
 }
 
 }  // namespace fastvae

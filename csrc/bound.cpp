@@ -1,6 +1,9 @@
 // Importance-weighted bounds as torch ops. The formula is in bound.h.
 #include "bound.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+
 #include "binding.h"
 #include "lanes.h"
 

@@ -10,7 +10,7 @@ using std::optional;
 
 struct ReparameterizeOp {
   static constexpr const char* kName = "reparameterize";
-  static constexpr bool kKeepsSample = true;
+  static constexpr Keeps kKeeps{.sample = true};
 
   static Tensor forward(const Tensor& mu, const Tensor& log_var, const Tensor& key) {
     RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
@@ -35,7 +35,7 @@ struct ReparameterizeOp {
 
 struct ReparameterizeKlOp {
   static constexpr const char* kName = "reparameterize_kl";
-  static constexpr bool kKeepsSample = true;
+  static constexpr Keeps kKeeps{.sample = true};
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& mu, const Tensor& log_var,
                                             const Tensor& key) {

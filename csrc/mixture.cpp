@@ -1,6 +1,8 @@
 // Mixtures of Gaussians as torch ops. The formulas are in mixture.h, the engine in pairs.h.
 #include "mixture.h"
 
+#include <ATen/Parallel.h>
+
 #include "binding.h"
 #include "pairs.h"
 
@@ -240,7 +242,7 @@ class PairOp {
 
 struct GaussianMixtureLogProbOp {
   static constexpr const char* kName = "gaussian_mixture_log_prob";
-  static constexpr bool kKeepsEverywhere = true;
+  static constexpr Keeps kKeeps{.derivative = true, .everywhere = true};
 
   static Tensor forward(const Tensor& z, const Tensor& mu, const Tensor& log_var,
                         const optional<Tensor>& log_weights) {
@@ -269,7 +271,7 @@ struct GaussianMixtureLogProbOp {
 
 struct AggregatePosteriorOp {
   static constexpr const char* kName = "aggregate_posterior";
-  static constexpr bool kKeepsEverywhere = true;
+  static constexpr Keeps kKeeps{.derivative = true, .everywhere = true};
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& mu,
                                             const Tensor& log_var, optional<int64_t> dataset_size,

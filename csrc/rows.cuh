@@ -161,10 +161,11 @@ __device__ __forceinline__ void draw(const int64_t* key, int64_t element, T (&no
   normals[3] = b.second;
 }
 
-template <class F, class T, size_t... A>
+template <class F, class T, size_t... A, size_t... P>
 __device__ __forceinline__ Values<T, F::kValues> evaluate(const T (&arguments)[sizeof...(A)],
-                                                          std::index_sequence<A...>) {
-  return F::template eval<T>(arguments[A]...);
+                                                          const Sweep& s, std::index_sequence<A...>,
+                                                          std::index_sequence<P...>) {
+  return F::template eval<T>(arguments[A]..., static_cast<T>(s.parameters[P])...);
 }
 
 // ---- the sum over a team ----------------------------------------------------------------------
@@ -280,7 +281,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, F::shape>))
             if constexpr (S.noise) arguments[F::kArguments - 1] = normals[i];
 
             const Values<T, F::kValues> result =
-                evaluate<F, T>(arguments, std::make_index_sequence<F::kArguments>{});
+                evaluate<F, T>(arguments, s, std::make_index_sequence<F::kArguments>{},
+                               std::make_index_sequence<S.parameters>{});
 #pragma unroll
             for (int k = 0; k < S.outputs; ++k) {
               Stored stored;

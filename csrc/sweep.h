@@ -11,10 +11,10 @@
 //   };
 //
 // Arguments come as: the inputs, then the row inputs (one value for a whole row, such as the
-// gradient of a row sum), then a standard normal if noise is asked for. Values returns the outputs,
-// then the terms of the row sums. A formula that does not always look at its noise says when it
-// does, `static bool needs_noise(...)` of the other arguments: the CPU then draws no more than
-// that.
+// gradient of a row sum), then a standard normal if noise is asked for, then the parameters of the
+// whole sweep. Values returns the outputs, then the terms of the row sums. A formula that does not
+// always look at its noise says when it does, `static bool needs_noise(...)` of the other
+// arguments: the CPU then draws no more than that.
 #pragma once
 
 #include <utility>
@@ -34,14 +34,18 @@ struct Shape {
   bool noise = false;     // one standard normal an element, from the sweep's key
   int outputs = 0;        // tensors written element by element
   int row_sums = 0;       // 0 or 1
+  int parameters = 0;     // numbers, the same for every element
   bool cpu_only = false;  // saves arithmetic by memory traffic, which is no bargain on a GPU
+
+  constexpr int arguments() const { return inputs + row_inputs + (noise ? 1 : 0); }  // by element
+  constexpr int values() const { return outputs + row_sums; }
 };
 
 template <Shape S>
 struct Formula {
   static constexpr Shape shape = S;
-  static constexpr int kArguments = S.inputs + S.row_inputs + (S.noise ? 1 : 0);
-  static constexpr int kValues = S.outputs + S.row_sums;
+  static constexpr int kArguments = S.arguments();
+  static constexpr int kValues = S.values();
 };
 
 template <class T, int N>
@@ -105,17 +109,19 @@ struct Operand {
   int64_t outer_stride = 0, inner_stride = 0, column_stride = 0;
 };
 
-inline constexpr int kMaxInputs = 5, kMaxOutputs = 4;
+inline constexpr int kMaxInputs = 5, kMaxRowInputs = 1, kMaxOutputs = 4, kMaxParameters = 1;
+inline constexpr int kMaxArguments = kMaxInputs + kMaxRowInputs + 1, kMaxValues = kMaxOutputs + 1;
 
 struct Sweep {
   DType dtype = DType::kFloat32;  // of the inputs and outputs; row values are float, or double
   int64_t outer = 1, inner = 0, columns = 0;
   Operand inputs[kMaxInputs];
-  const void* row_inputs[1] = {nullptr};  // [rows], contiguous
-  void* outputs[kMaxOutputs] = {};        // [rows, columns], contiguous; null: not wanted
-  void* row_sum = nullptr;                // [rows]
-  const int64_t* key = nullptr;           // seed and offset, in the memory of the device
+  const void* row_inputs[kMaxRowInputs] = {};  // [rows], contiguous
+  void* outputs[kMaxOutputs] = {};             // [rows, columns], contiguous; null: not wanted
+  void* row_sum = nullptr;                     // [rows]
+  const int64_t* key = nullptr;                // seed and offset, in the memory of the device
                                  // element (row, column) takes normal row * columns + column
+  double parameters[kMaxParameters] = {};
   double* partial_sums = nullptr;  // [rows, segments_per_row(columns)] of the engine, if > 1
 
   FASTVAE_HD int64_t rows() const { return outer * inner; }
