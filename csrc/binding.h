@@ -231,18 +231,84 @@ struct RowSumOp<Sum, std::index_sequence<I...>> {
   }
 };
 
+// The arguments of a sum over rows, as its schemas have them.
+template <class Term>
+struct RowSumSchema {
+  std::string inputs, gradients, wanted;
+  RowSumSchema() {
+    for (const char* name : Term::kArguments) {
+      inputs += std::string(inputs.empty() ? "" : ", ") + "Tensor " + name;
+      gradients += gradients.empty() ? "Tensor" : ", Tensor";
+    }
+    wanted = "bool[" + std::to_string(Term::kInputs) + "] wanted";
+  }
+};
+
 template <class Sum>
 void define_row_sum(torch::Library& m) {
-  using Term = typename Sum::term;
-  std::string inputs, gradients;
-  for (const char* name : Term::kArguments) {
-    inputs += std::string(inputs.empty() ? "" : ", ") + "Tensor " + name;
-    gradients += gradients.empty() ? "Tensor" : ", Tensor";
+  const RowSumSchema<typename Sum::term> s;
+  define<RowSumOp<Sum>>(
+      m, "(" + s.inputs + ") -> Tensor",
+      "(Tensor grad, " + s.inputs + ", Tensor? kept, " + s.wanted + ") -> (" + s.gradients + ")",
+      "(" + s.inputs + ") -> (Tensor, Tensor)");
+}
+
+// ---- scales (scale.h) --------------------------------------------------------------------------
+
+// Calls f with the map of that name, of those that the op takes: f(LogVar{}).
+template <class First, class... Rest, class F>
+auto call_with_scale(c10::string_view name, const F& f) {
+  if constexpr (sizeof...(Rest) > 0) {
+    if (name != First::kName) return call_with_scale<Rest...>(name, f);
   }
-  define<RowSumOp<Sum>>(m, "(" + inputs + ") -> Tensor",
-                        "(Tensor grad, " + inputs + ", Tensor? kept, bool[" +
-                            std::to_string(Sum::kInputs) + "] wanted) -> (" + gradients + ")",
-                        "(" + inputs + ") -> (Tensor, Tensor)");
+  return f(First{});
+}
+template <class... Maps, class F>
+auto with_scale(const char* op, c10::string_view parameterization, const F& f) {
+  if (!((parameterization == Maps::kName) || ...)) {
+    std::string known;
+    ((known += (known.empty() ? "" : ", ") + std::string(Maps::kName)), ...);
+    TORCH_CHECK_VALUE(false, "fastvae::", op, ": parameterization must be one of ", known, ", got ",
+                      parameterization);
+  }
+  return call_with_scale<Maps...>(parameterization, f);
+}
+
+// A sum over rows whose last argument is a scale, given by any of the maps.
+template <template <class> class Sum, class First, class... Maps>
+struct ScaledRowSum {
+  using Default = RowSumOp<Sum<First>>;
+  static constexpr const char* kName = Default::kName;
+
+  template <class Signature>
+  struct Bodies;
+  template <class... Inputs>
+  struct Bodies<Tensor(Inputs...)> {
+    static constexpr const char* kName = Default::kName;
+    static Tensor forward(Inputs... inputs, c10::string_view parameterization) {
+      return with_scale<First, Maps...>(kName, parameterization, [&](auto map) {
+        return RowSumOp<Sum<decltype(map)>>::forward(inputs...);
+      });
+    }
+    static typename Default::Gradients backward(const Tensor& grad, Inputs... inputs,
+                                                c10::string_view parameterization,
+                                                std::array<bool, sizeof...(Inputs)> wanted) {
+      return with_scale<First, Maps...>(kName, parameterization, [&](auto map) {
+        return RowSumOp<Sum<decltype(map)>>::backward(grad, inputs..., {}, wanted);
+      });
+    }
+  };
+  using Op = Bodies<std::remove_pointer_t<decltype(&Default::forward)>>;
+};
+
+template <template <class> class Sum, class First, class... Maps>
+void define_row_sum(torch::Library& m) {
+  const RowSumSchema<typename Sum<First>::term> s;
+  const std::string setting = std::string("str parameterization=\"") + First::kName + "\"";
+  define<typename ScaledRowSum<Sum, First, Maps...>::Op>(
+      m, "(" + s.inputs + ", " + setting + ") -> Tensor",
+      "(Tensor grad, " + s.inputs + ", str parameterization, " + s.wanted + ") -> (" + s.gradients +
+          ")");
 }
 
 }  // namespace fastvae

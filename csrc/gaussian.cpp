@@ -8,28 +8,50 @@ namespace {
 
 using std::optional;
 
+using c10::string_view;
+
+template <class F>
+auto with_scale(const char* op, string_view parameterization, const F& f) {
+  return fastvae::with_scale<LogVar, LogScale, Scale, Softplus>(op, parameterization, f);
+}
+
+// Calls f with the formulas that know free bits, if there are any: f(std::true_type{}).
+template <class F>
+auto with_free_bits(const char* op, double free_bits, const F& f) {
+  TORCH_CHECK_VALUE(free_bits >= 0, "fastvae::", op, ": free_bits must be non-negative, got ",
+                    free_bits);
+  return free_bits == 0 ? f(std::false_type{}) : f(std::true_type{});
+}
+
 struct ReparameterizeOp {
   static constexpr const char* kName = "reparameterize";
   static constexpr Keeps kKeeps{.sample = true};
 
-  static Tensor forward(const Tensor& mu, const Tensor& log_var, const Tensor& key) {
+  static Tensor forward(const Tensor& mu, const Tensor& log_var, const Tensor& key,
+                        string_view parameterization) {
     RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
-    return op.key(key).run<Reparameterize::Forward>().outputs[0];
+    op.key(key);
+    return with_scale(kName, parameterization, [&]<class S>(S) {
+      return op.run<typename Reparameterize<S>::Forward>().outputs[0];
+    });
   }
 
   static std::tuple<Tensor, Tensor> backward(const Tensor& grad_z, const Tensor& mu,
                                              const Tensor& log_var, const Tensor& key,
                                              const optional<Tensor>& z,
+                                             string_view parameterization,
                                              std::array<bool, 2> wanted) {
     if (!wanted[1]) return {};  // the gradient of mu is grad_z itself
-    if (z) {
-      RowOp op(kName, {{"grad_z", grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}});
-      auto result = op.key(key).run<Reparameterize::BackwardFromSample>({wanted[1]});
+    return with_scale(kName, parameterization, [&]<class S>(S) -> std::tuple<Tensor, Tensor> {
+      if (z) {
+        RowOp op(kName, {{"grad_z", grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}});
+        auto result = op.key(key).run<typename Reparameterize<S>::BackwardFromSample>({wanted[1]});
+        return {Tensor(), result.outputs[0]};
+      }
+      RowOp op(kName, {{"grad_z", grad_z}, {"log_var", log_var}});
+      auto result = op.key(key).run<typename Reparameterize<S>::Backward>({wanted[1]});
       return {Tensor(), result.outputs[0]};
-    }
-    RowOp op(kName, {{"grad_z", grad_z}, {"log_var", log_var}});
-    auto result = op.key(key).run<Reparameterize::Backward>({wanted[1]});
-    return {Tensor(), result.outputs[0]};
+    });
   }
 };
 
@@ -38,10 +60,16 @@ struct ReparameterizeKlOp {
   static constexpr Keeps kKeeps{.sample = true};
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& mu, const Tensor& log_var,
-                                            const Tensor& key) {
+                                            const Tensor& key, string_view parameterization,
+                                            double free_bits) {
     RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
-    auto result = op.key(key).run<ReparameterizeKl::Forward>();
-    return {result.outputs[0], result.row_sum};
+    op.key(key).parameter(free_bits);
+    return with_scale(kName, parameterization, [&]<class S>(S) {
+      return with_free_bits(kName, free_bits, [&](auto free) -> std::tuple<Tensor, Tensor> {
+        auto result = op.run<typename ReparameterizeKl<S, free>::Forward>();
+        return {result.outputs[0], result.row_sum};
+      });
+    });
   }
 
   // Where only one output is used, the other's gradient is absent, not zero: 0 * sigma eps is NaN
@@ -50,26 +78,31 @@ struct ReparameterizeKlOp {
                                              const optional<Tensor>& grad_kl, const Tensor& mu,
                                              const Tensor& log_var, const Tensor& key,
                                              const optional<Tensor>& z,
+                                             string_view parameterization, double free_bits,
                                              std::array<bool, 2> wanted) {
-    if (!grad_kl) return ReparameterizeOp::backward(*grad_z, mu, log_var, key, z, wanted);
-    if (!grad_z) {
-      RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
-      auto [d_mu, d_log_var] =
-          op.row_input("grad_kl", *grad_kl).run<StandardGaussianKl::Backward>(wanted).outputs;
-      return {d_mu, d_log_var};
+    if (!grad_kl) {
+      return ReparameterizeOp::backward(*grad_z, mu, log_var, key, z, parameterization, wanted);
     }
-    if (z) {
-      RowOp op(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}});
-      auto [d_mu, d_log_var] = op.key(key)
-                                   .row_input("grad_kl", *grad_kl)
-                                   .run<ReparameterizeKl::BackwardFromSample>(wanted)
-                                   .outputs;
+    const auto run = [&]<class F>(RowOp op) -> std::tuple<Tensor, Tensor> {
+      op.row_input("grad_kl", *grad_kl).parameter(free_bits);
+      auto [d_mu, d_log_var] = op.run<F>(wanted).outputs;
       return {d_mu, d_log_var};
-    }
-    RowOp op(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}});
-    auto [d_mu, d_log_var] =
-        op.key(key).row_input("grad_kl", *grad_kl).run<ReparameterizeKl::Backward>(wanted).outputs;
-    return {d_mu, d_log_var};
+    };
+    return with_scale(kName, parameterization, [&]<class S>(S) {
+      return with_free_bits(kName, free_bits, [&](auto free) {
+        if (!grad_z) {
+          return run.template operator()<typename StandardGaussianKl<S, free>::Backward>(
+              RowOp(kName, {{"mu", mu}, {"log_var", log_var}}));
+        }
+        if (z) {
+          return run.template operator()<typename ReparameterizeKl<S, free>::BackwardFromSample>(
+              RowOp(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}})
+                  .key(key));
+        }
+        return run.template operator()<typename ReparameterizeKl<S, free>::Backward>(
+            RowOp(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}}).key(key));
+      });
+    });
   }
 };
 
@@ -77,58 +110,72 @@ struct GaussianKlOp {
   static constexpr const char* kName = "gaussian_kl";
 
   static Tensor forward(const Tensor& mu_q, const Tensor& log_var_q, const optional<Tensor>& mu_p,
-                        const optional<Tensor>& log_var_p) {
-    if (is_standard(mu_p, log_var_p)) {
-      RowOp op(kName, {{"mu_q", mu_q}, {"log_var_q", log_var_q}});
-      return op.run<StandardGaussianKl::Forward>().row_sum;
-    }
-    RowOp op(
-        kName,
-        {{"mu_q", mu_q}, {"log_var_q", log_var_q}, {"mu_p", *mu_p}, {"log_var_p", *log_var_p}});
-    return op.run<GaussianKl::Forward>().row_sum;
+                        const optional<Tensor>& log_var_p, string_view parameterization,
+                        double free_bits) {
+    RowOp op = inputs(mu_q, log_var_q, mu_p, log_var_p);
+    op.parameter(free_bits);
+    return with_scale(kName, parameterization, [&]<class S>(S) {
+      return with_free_bits(kName, free_bits, [&](auto free) {
+        return mu_p ? op.run<typename GaussianKl<S, free>::Forward>().row_sum
+                    : op.run<typename StandardGaussianKl<S, free>::Forward>().row_sum;
+      });
+    });
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       const Tensor& grad_kl, const Tensor& mu_q, const Tensor& log_var_q,
-      const optional<Tensor>& mu_p, const optional<Tensor>& log_var_p, std::array<bool, 4> wanted) {
-    if (is_standard(mu_p, log_var_p)) {
-      RowOp op(kName, {{"mu_q", mu_q}, {"log_var_q", log_var_q}});
-      auto [d_mu, d_log_var] = op.row_input("grad_kl", grad_kl)
-                                   .run<StandardGaussianKl::Backward>({wanted[0], wanted[1]})
-                                   .outputs;
-      return {d_mu, d_log_var, Tensor(), Tensor()};
-    }
-    RowOp op(
-        kName,
-        {{"mu_q", mu_q}, {"log_var_q", log_var_q}, {"mu_p", *mu_p}, {"log_var_p", *log_var_p}});
-    auto [d_mu_q, d_log_var_q, d_mu_p, d_log_var_p] =
-        op.row_input("grad_kl", grad_kl).run<GaussianKl::Backward>(wanted).outputs;
-    return {d_mu_q, d_log_var_q, d_mu_p, d_log_var_p};
+      const optional<Tensor>& mu_p, const optional<Tensor>& log_var_p, string_view parameterization,
+      double free_bits, std::array<bool, 4> wanted) {
+    RowOp op = inputs(mu_q, log_var_q, mu_p, log_var_p);
+    op.row_input("grad_kl", grad_kl).parameter(free_bits);
+    return with_scale(kName, parameterization, [&]<class S>(S) {
+      return with_free_bits(
+          kName, free_bits, [&](auto free) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+            if (!mu_p) {
+              auto [d_mu, d_log_var] =
+                  op.run<typename StandardGaussianKl<S, free>::Backward>({wanted[0], wanted[1]})
+                      .outputs;
+              return {d_mu, d_log_var, Tensor(), Tensor()};
+            }
+            auto [d_mu_q, d_log_var_q, d_mu_p, d_log_var_p] =
+                op.run<typename GaussianKl<S, free>::Backward>(wanted).outputs;
+            return {d_mu_q, d_log_var_q, d_mu_p, d_log_var_p};
+          });
+    });
   }
 
-  static bool is_standard(const optional<Tensor>& mu_p, const optional<Tensor>& log_var_p) {
+  static RowOp inputs(const Tensor& mu_q, const Tensor& log_var_q, const optional<Tensor>& mu_p,
+                      const optional<Tensor>& log_var_p) {
     TORCH_CHECK_VALUE(mu_p.has_value() == log_var_p.has_value(),
                       "fastvae::gaussian_kl: mu_p and log_var_p must be given together, got only ",
                       mu_p.has_value() ? "mu_p" : "log_var_p");
-    return !mu_p.has_value();
+    if (!mu_p) return RowOp(kName, {{"mu_q", mu_q}, {"log_var_q", log_var_q}});
+    return RowOp(
+        kName,
+        {{"mu_q", mu_q}, {"log_var_q", log_var_q}, {"mu_p", *mu_p}, {"log_var_p", *log_var_p}});
   }
 };
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
-  define<ReparameterizeOp>(m, "(Tensor mu, Tensor log_var, Tensor key) -> Tensor",
-                           "(Tensor grad_z, Tensor mu, Tensor log_var, Tensor key, "
-                           "Tensor? z, bool[2] wanted) -> (Tensor, Tensor)");
-  define<ReparameterizeKlOp>(m, "(Tensor mu, Tensor log_var, Tensor key) -> (Tensor z, Tensor kl)",
+  const std::string map = "str parameterization=\"log_var\"", free = "float free_bits=0.0";
+  const std::string sample = "(Tensor mu, Tensor log_var, Tensor key, " + map;
+  define<ReparameterizeOp>(m, sample + ") -> Tensor",
+                           "(Tensor grad_z, Tensor mu, Tensor log_var, Tensor key, Tensor? z, "
+                           "str parameterization, bool[2] wanted) -> (Tensor, Tensor)");
+  define<ReparameterizeKlOp>(m, sample + ", " + free + ") -> (Tensor z, Tensor kl)",
                              "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor log_var, "
-                             "Tensor key, Tensor? z, bool[2] wanted) -> (Tensor, Tensor)");
+                             "Tensor key, Tensor? z, str parameterization, float free_bits, "
+                             "bool[2] wanted) -> (Tensor, Tensor)");
   define<GaussianKlOp>(m,
                        "(Tensor mu_q, Tensor log_var_q, Tensor? mu_p=None, "
-                       "Tensor? log_var_p=None) -> Tensor",
+                       "Tensor? log_var_p=None, " +
+                           map + ", " + free + ") -> Tensor",
                        "(Tensor grad_kl, Tensor mu_q, Tensor log_var_q, Tensor? mu_p, "
-                       "Tensor? log_var_p, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
-  define_row_sum<GaussianLogProb>(m);
+                       "Tensor? log_var_p, str parameterization, float free_bits, bool[4] wanted) "
+                       "-> (Tensor, Tensor, Tensor, Tensor)");
+  define_row_sum<GaussianLogProb, LogVar, LogScale, Scale, Softplus>(m);
 }
 
 }  // namespace fastvae

@@ -4,10 +4,19 @@
 
 namespace fastvae::cuda {
 
-FASTVAE_INSTANTIATE(Reparameterize)
-FASTVAE_INSTANTIATE(StandardGaussianKl)
-FASTVAE_INSTANTIATE(ReparameterizeKl)
-FASTVAE_INSTANTIATE(GaussianKl)
-FASTVAE_INSTANTIATE(GaussianLogProb)
+#define FASTVAE_INSTANTIATE_WITH(S)                \
+  FASTVAE_INSTANTIATE(Reparameterize<S>)           \
+  FASTVAE_INSTANTIATE(StandardGaussianKl<S>)       \
+  FASTVAE_INSTANTIATE(StandardGaussianKl<S, true>) \
+  FASTVAE_INSTANTIATE(ReparameterizeKl<S>)         \
+  FASTVAE_INSTANTIATE(ReparameterizeKl<S, true>)   \
+  FASTVAE_INSTANTIATE(GaussianKl<S>)               \
+  FASTVAE_INSTANTIATE(GaussianKl<S, true>)         \
+  FASTVAE_INSTANTIATE(GaussianLogProb<S>)
+
+FASTVAE_INSTANTIATE_WITH(LogVar)
+FASTVAE_INSTANTIATE_WITH(LogScale)
+FASTVAE_INSTANTIATE_WITH(Scale)
+FASTVAE_INSTANTIATE_WITH(Softplus)
 
 }  // namespace fastvae::cuda

@@ -1,6 +1,7 @@
 // Likelihoods p(x | z) other than the Gaussian, from the decoder's unconstrained outputs, in nats.
 #pragma once
 
+#include "scale.h"
 #include "sweep.h"
 
 namespace fastvae {
@@ -86,7 +87,8 @@ struct ContinuousBernoulli {
 };
 using ContinuousBernoulliLogProb = RowSum<ContinuousBernoulli>;
 
-// log Laplace(x; mu, b) = -log 2 - log b - |x - mu| / b,   b = e^{log_scale}
+// log Laplace(x; mu, b) = -log 2 - log b - |x - mu| / b
+template <class S>
 struct Laplace {
   static constexpr const char* kName = "laplace_log_prob";
   static constexpr int kInputs = 3;
@@ -95,22 +97,23 @@ struct Laplace {
   static constexpr double kLog2 = 0.693147180559945309417232121458;
 
   template <class T>
-  static FASTVAE_HD T term(T x, T mu, T log_scale) {
-    const T finite = math::max(-math::largest<T>(), log_scale);  // not -inf + inf
-    return -T(kLog2) - finite - math::abs(deviation(x, mu, log_scale));
+  static FASTVAE_HD T term(T x, T mu, T s) {
+    return -T(kLog2) - S::log_sigma(s) - math::abs(deviation(x, mu, s));
   }
   template <class T>
-  static FASTVAE_HD Values<T, 3> gradient(T x, T mu, T log_scale) {
-    const T d = deviation(x, mu, log_scale), r = math::exp(-log_scale);
+  static FASTVAE_HD Values<T, 3> gradient(T x, T mu, T s) {
+    const T d = deviation(x, mu, s), r = S::inverse_sigma(s);
     const T slope = d > T(0) ? r : (d < T(0) ? -r : d);  // 0 at the mean, as in torch; NaN stays
-    return {{-slope, slope, math::abs(d) - T(1)}};
+    return {{-slope, slope, S::d_log_sigma(s) * (math::abs(d) - T(1))}};
   }
   // (x - mu) / b; exactly at the mean 0, not 0 * inf
   template <class T>
-  static FASTVAE_HD T deviation(T x, T mu, T log_scale) {
-    return x == mu ? T(0) : (x - mu) * math::exp(-log_scale);
+  static FASTVAE_HD T deviation(T x, T mu, T s) {
+    const T r = S::inverse_sigma(s);
+    return x == mu ? T(0) : (x - mu) * (r == math::largest<T>() ? math::kInfinity<T> : r);
   }
 };
-using LaplaceLogProb = RowSum<Laplace>;
+template <class S>
+using LaplaceLogProb = RowSum<Laplace<S>>;
 
 }  // namespace fastvae

@@ -268,6 +268,18 @@ FASTVAE_HD T log_normal(T x) {
   return n * T(0x1.62e42fefa39efp-1) + log1p_near_one(f);
 }
 
+// log(x) for any x, 2 ulp, also of subnormals; -inf at 0, NaN below.
+template <class T>
+FASTVAE_HD T log(T x) {
+  using R = Real<T>;
+  constexpr T kUp = T(Bits<T>(1) << R::kMantissa);
+  const bool tiny = x < R::kTiny;
+  const T y = log_normal(max(R::kTiny, tiny ? x * kUp : x));
+  const T finite = tiny ? y - T(R::kMantissa) * T(0x1.62e42fefa39efp-1) : y;
+  return x > T(0) ? (x <= largest<T>() ? finite : x)
+                  : (x == T(0) ? -kInfinity<T> : T(__builtin_nan("")));
+}
+
 // log(1 + t) for 0 <= t <= 1, 2 ulp, also at t << 1.
 template <class T>
 FASTVAE_HD T log1p_unit(T t) {

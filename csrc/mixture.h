@@ -13,11 +13,11 @@ namespace fastvae {
 struct PairwiseGaussian {
   template <class T>
   static FASTVAE_HD T scale(T log_var) {
-    return T(0.70710678118654752) * GaussianKl::inverse_sigma(log_var);
+    return T(0.70710678118654752) * LogVar::inverse_sigma(log_var);
   }
   template <class T>
   static FASTVAE_HD T offset(T log_var) {
-    return GaussianLogProb::Forward::eval<T>(T(0), T(0), log_var).v[0];
+    return Gaussian<LogVar>::term(T(0), T(0), log_var);
   }
   template <class T>
   static FASTVAE_HD T score(T z, T mu, T scale) {

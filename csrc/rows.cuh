@@ -43,9 +43,9 @@
 
 // A formula's two sweeps, for every dtype: all that a <family>.cu says.
 #ifndef FASTVAE_INSTANTIATE
-#define FASTVAE_INSTANTIATE(formula)                                      \
-  template const char* sweep_rows<formula::Forward>(const Sweep&, void*); \
-  template const char* sweep_rows<formula::Backward>(const Sweep&, void*);
+#define FASTVAE_INSTANTIATE(...)                                              \
+  template const char* sweep_rows<__VA_ARGS__::Forward>(const Sweep&, void*); \
+  template const char* sweep_rows<__VA_ARGS__::Backward>(const Sweep&, void*);
 #endif
 
 namespace fastvae::cuda {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,11 @@ def counts(shape: Shape, g: torch.Generator) -> Tensor:
 
 def positive(shape: Shape, g: torch.Generator) -> Tensor:
     return standard_normal(shape, g).exp()
+
+
+def near_one(shape: Shape, g: torch.Generator) -> Tensor:
+    """Scales that a gradient of second order in 1 / sigma leaves within float16's range."""
+    return (0.4 * standard_normal(shape, g)).exp()
 
 
 standard_normal = normal()
@@ -73,10 +78,11 @@ class Case:
     bytes_full: int | Callable[[Shape], int]
     sampled: bool = False  # takes key= and generator=
     variant: str = ""  # tells rows of one op apart in test names
-    settings: tuple[Any, ...] = ()  # what the op takes after its tensors
-    options: dict[str, Any] = field(default_factory=dict)  # the same, for the public function
+    settings: tuple[Any, ...] = ()  # what the op takes after its tensors, all of it
+    options: dict[str, Any] = field(default_factory=dict)  # of these, what is not the default
     sizes: Callable[[Shape], Shape] = lambda shape: shape  # that stand for rows [..., D]
     # Why some generic tests say nothing of this op; empty where they do.
+    wired_as: str = ""  # another row shows that autograd, compile and torch.func meet the op
     no_broadcast: str = ""  # its inputs do not broadcast against each other
     sees_batch: str = ""  # a row's outputs depend on the other rows
     copies: str = ""  # it copies its inputs, which therefore must fit in memory
@@ -128,7 +134,7 @@ class Case:
 
     def call_reference(self, inputs: list[Tensor], key: Tensor | None = None) -> tuple[Tensor, ...]:
         """The reference formula, its outputs as a tuple."""
-        out = self.reference(*inputs, *([key] if self.sampled else []), *self.settings)
+        out = self.reference(*inputs, *([key] if self.sampled else []), **self.options)
         return out if isinstance(out, tuple) else (out,)
 
     def elements(self, sizes: Shape, full: bool) -> int:
@@ -320,7 +326,7 @@ _OF_PAIRS: dict[torch.dtype, float] = {
     torch.float16: 2**-11,
 }
 
-CASES: tuple[Case, ...] = (
+BASIC: tuple[Case, ...] = (
     Case(
         op="reparameterize",
         inputs=(Input("mu"), Input("log_var")),
@@ -331,6 +337,7 @@ CASES: tuple[Case, ...] = (
         bytes_forward=3,  # read mu, log_var; write z
         bytes_full=6,  # and read grad_z (which is grad_mu), log_var; write grad_log_var
         sampled=True,
+        settings=("log_var",),
     ),
     Case(
         op="reparameterize_kl",
@@ -342,6 +349,7 @@ CASES: tuple[Case, ...] = (
         bytes_forward=3,
         bytes_full=8,  # and read grad_z, mu, log_var; write grad_mu, grad_log_var
         sampled=True,
+        settings=("log_var", 0.0),
     ),
     Case(
         op="gaussian_kl",
@@ -352,6 +360,7 @@ CASES: tuple[Case, ...] = (
         bench=((128, 32), (1024, 512), (65536, 256)),
         bytes_forward=2,
         bytes_full=6,
+        settings=("log_var", 0.0),
     ),
     Case(
         op="gaussian_kl",
@@ -363,6 +372,7 @@ CASES: tuple[Case, ...] = (
         bench=((1024, 512),),
         bytes_forward=4,
         bytes_full=12,
+        settings=("log_var", 0.0),
     ),
     Case(
         op="gaussian_log_prob",
@@ -373,6 +383,7 @@ CASES: tuple[Case, ...] = (
         bench=((128, 784), (4096, 256), (65536, 256)),
         bytes_forward=3,
         bytes_full=8,
+        settings=("log_var",),
     ),
     Case(
         op="bernoulli_log_prob",
@@ -409,6 +420,7 @@ CASES: tuple[Case, ...] = (
         bench=((128, 784), (4096, 256)),
         bytes_forward=3,
         bytes_full=8,
+        settings=("log_scale",),
     ),
     Case(
         op="poisson_log_prob",
@@ -501,6 +513,55 @@ CASES: tuple[Case, ...] = (
         rtol=_OF_PAIRS,
     ),
 )
+
+
+def _given_by(
+    op: str, scale: str, of: str = "", free_bits: float = 0.0, alone: bool = False
+) -> Case:
+    """A row again, its scales given by another map, perhaps with free bits; timed if so."""
+    case = next(c for c in BASIC if c.op == op and c.variant == of)
+    scales = ("log_var", "log_scale", "log_var_q", "log_var_p")
+    draw = near_one if scale == "scale" else standard_normal
+    settings: tuple[Any, ...] = (scale,) if len(case.settings) == 1 else (scale, free_bits)
+    options: dict[str, Any] = {"parameterization": scale}
+    if free_bits:
+        options["free_bits"] = free_bits
+    return replace(
+        case,
+        variant=" ".join(filter(None, (of, scale, "free bits" if free_bits else ""))),
+        inputs=tuple(replace(i, draw=draw) if i.name in scales else i for i in case.inputs),
+        settings=settings,
+        options=options,
+        bench=(),
+        wired_as="" if alone else case.name,
+    )
+
+
+SCALES: tuple[Case, ...] = (
+    _given_by("reparameterize", "log_scale"),
+    _given_by("reparameterize", "scale", alone=True),
+    _given_by("reparameterize", "softplus"),
+    _given_by("reparameterize_kl", "log_scale"),
+    _given_by("reparameterize_kl", "scale"),
+    _given_by("reparameterize_kl", "softplus"),
+    _given_by("reparameterize_kl", "log_var", free_bits=0.4),
+    _given_by("reparameterize_kl", "softplus", free_bits=0.4, alone=True),
+    _given_by("gaussian_kl", "log_scale"),
+    _given_by("gaussian_kl", "scale"),
+    _given_by("gaussian_kl", "softplus"),
+    _given_by("gaussian_kl", "log_var", free_bits=0.4),
+    _given_by("gaussian_kl", "log_scale", of="prior"),
+    _given_by("gaussian_kl", "scale", of="prior"),
+    _given_by("gaussian_kl", "softplus", of="prior"),
+    _given_by("gaussian_kl", "scale", of="prior", free_bits=0.4, alone=True),
+    _given_by("gaussian_log_prob", "log_scale"),
+    _given_by("gaussian_log_prob", "scale", alone=True),
+    _given_by("gaussian_log_prob", "softplus"),
+    _given_by("laplace_log_prob", "scale", alone=True),
+    _given_by("laplace_log_prob", "softplus"),
+)
+
+CASES = (*BASIC, *SCALES)
 
 
 def _samples(shape: Shape) -> int:

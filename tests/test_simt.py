@@ -100,7 +100,7 @@ class Case:
         spec, item = self.spec, self.inputs[0].element_size()
         message = [
             struct.pack(
-                "<64s17q",
+                "<64s17qd",
                 self.formula.encode(),
                 DTYPES.index(self.dtype),
                 *self.inputs[0].shape,
@@ -116,6 +116,7 @@ class Case:
                 self.only_block,
                 self.virtual_bytes,
                 *np.array(self.key, np.uint64).astype(np.int64).tolist(),
+                FREE_BITS,
             )
         ]
         for tensor, offset in zip(self.inputs, self.offsets, strict=False):
@@ -230,18 +231,6 @@ class Formula:
     low: float = -2.0  # inputs are drawn from here to 2
 
 
-def gaussian_kl(m, v, p, w):
-    return (torch.expm1(v - w) - (v - w) + (m - p) ** 2 * torch.exp(-w)) / 2
-
-
-def gaussian_log_prob(x, m, v):
-    return -(math.log(2 * math.pi) + v + (x - m) ** 2 * torch.exp(-v)) / 2
-
-
-def standard_kl(m, v):
-    return (m**2 + torch.expm1(v) - v) / 2
-
-
 def bernoulli_log_prob(x, a):
     return x * a - torch.nn.functional.softplus(a, threshold=60)
 
@@ -251,10 +240,6 @@ def continuous_bernoulli_log_prob(x, a):
     nodes, weights = np.polynomial.legendre.leggauss(60)
     integral = sum(w / 2 * torch.exp((u + 1) / 2 * a) for u, w in zip(nodes, weights, strict=True))
     return x * a - torch.log(integral)
-
-
-def laplace_log_prob(x, m, s):
-    return -(math.log(2) + s + (x - m).abs() * torch.exp(-s))
 
 
 def poisson_log_prob(x, r):
@@ -288,55 +273,86 @@ def row_sum(name, term, inputs, low=-2.0):
     }
 
 
+FREE_BITS = 0.3671  # no KL of half-precision numbers is exactly that
+SIGMA = {
+    "LogVar": lambda s: torch.exp(s / 2),
+    "LogScale": torch.exp,
+    "Scale": lambda s: s,
+    "Softplus": lambda s: torch.nn.functional.softplus(s, threshold=60),
+}
+
+
+def with_scale(name):
+    """What takes a scale, given by the map of that name; gradients by autograd."""
+    sigma, low = SIGMA[name], 0.2 if name == "Scale" else -2.0
+
+    def slopes(function, *inputs):
+        inputs = [x.detach().requires_grad_() for x in torch.broadcast_tensors(*inputs)]
+        return torch.autograd.grad(function(*inputs).sum(), inputs)
+
+    def sample(m, s, e):
+        return m + sigma(s) * e
+
+    def sample_backward(g, s, e):
+        return [g * slopes(lambda s: sigma(s) * e, s)[0]], None
+
+    def prior_kl(m, s, p, t):
+        r = sigma(s) / sigma(t)
+        return ((m - p) ** 2 / sigma(t) ** 2 + r**2 - 1) / 2 - torch.log(r)
+
+    def standard_kl(m, s):
+        return (m**2 + sigma(s) ** 2 - 1) / 2 - torch.log(sigma(s))
+
+    def free(kl):
+        return lambda *inputs: kl(*inputs).clamp(min=FREE_BITS)
+
+    def gaussian_log_prob(x, m, s):
+        return -(math.log(2 * math.pi) + (x - m) ** 2 / sigma(s) ** 2) / 2 - torch.log(sigma(s))
+
+    def laplace_log_prob(x, m, s):
+        return -math.log(2) - torch.log(sigma(s)) - (x - m).abs() / sigma(s)
+
+    formulas = {
+        f"Reparameterize<{name}>.Forward": Formula(
+            lambda m, s, e: ([sample(m, s, e)], None), 2, outputs=1, noise=True, low=low
+        ),
+        f"Reparameterize<{name}>.Backward": Formula(
+            sample_backward, 2, outputs=1, noise=True, low=low
+        ),
+        **row_sum(f"GaussianLogProb<{name}>", gaussian_log_prob, 3, low=low),
+    }
+    if name != "LogVar":
+        formulas |= row_sum(f"LaplaceLogProb<{name}>", laplace_log_prob, 3, low=low)
+    for suffix, standard, prior in (
+        ("", standard_kl, prior_kl),
+        (", true", free(standard_kl), free(prior_kl)),
+    ):
+
+        def backward(z, m, s, g, e, kl=standard):
+            d_m, d_s = slopes(kl, m, s)
+            return [z + g * d_m, sample_backward(z, s, e)[0][0] + g * d_s], None
+
+        both = f"ReparameterizeKl<{name}{suffix}>"
+        formulas |= row_sum(f"StandardGaussianKl<{name}{suffix}>", standard, 2, low=low)
+        formulas |= row_sum(f"GaussianKl<{name}{suffix}>", prior, 4, low=low)
+        formulas[f"{both}.Forward"] = Formula(
+            lambda m, s, e, kl=standard: ([sample(m, s, e)], kl(m, s)),
+            2,
+            outputs=1,
+            row_sum=True,
+            noise=True,
+            low=low,
+        )
+        formulas[f"{both}.Backward"] = Formula(
+            backward, 3, outputs=2, row_input=True, noise=True, low=low
+        )
+    return formulas
+
+
 FORMULAS = {
-    "Reparameterize.Forward": Formula(
-        lambda m, v, e: ([m + torch.exp(v / 2) * e], None), 2, outputs=1, noise=True
-    ),
-    "Reparameterize.Backward": Formula(
-        lambda g, v, e: ([g * torch.exp(v / 2) * e / 2], None), 2, outputs=1, noise=True
-    ),
-    "StandardGaussianKl.Forward": Formula(lambda m, v: ([], standard_kl(m, v)), 2, row_sum=True),
-    "StandardGaussianKl.Backward": Formula(
-        lambda m, v, g: ([g * m, g * torch.expm1(v) / 2], None), 2, outputs=2, row_input=True
-    ),
-    "ReparameterizeKl.Forward": Formula(
-        lambda m, v, e: ([m + torch.exp(v / 2) * e], standard_kl(m, v)),
-        2,
-        outputs=1,
-        row_sum=True,
-        noise=True,
-    ),
-    "ReparameterizeKl.Backward": Formula(
-        lambda z, m, v, g, e: (
-            [z + g * m, z * torch.exp(v / 2) * e / 2 + g * torch.expm1(v) / 2],
-            None,
-        ),
-        3,
-        outputs=2,
-        row_input=True,
-        noise=True,
-    ),
-    "GaussianKl.Forward": Formula(
-        lambda m, v, p, w: ([], gaussian_kl(m, v, p, w)), 4, row_sum=True
-    ),
-    "GaussianKl.Backward": Formula(
-        lambda m, v, p, w, g: (
-            [
-                g * (m - p) * torch.exp(-w),
-                g * torch.expm1(v - w) / 2,
-                g * (p - m) * torch.exp(-w),
-                -g * (torch.expm1(v - w) + (m - p) ** 2 * torch.exp(-w)) / 2,
-            ],
-            None,
-        ),
-        4,
-        outputs=4,
-        row_input=True,
-    ),
-    **row_sum("GaussianLogProb", gaussian_log_prob, 3),
+    **{formula: spec for name in SIGMA for formula, spec in with_scale(name).items()},
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
-    **row_sum("LaplaceLogProb", laplace_log_prob, 3),
     **row_sum("PoissonLogProb", poisson_log_prob, 2, low=0.1),
     **row_sum("NegativeBinomialLogProb", negative_binomial_log_prob, 3, low=0.1),
     **row_sum(
@@ -472,7 +488,7 @@ def test_formula(program: Path, formula: str, dtype: torch.dtype) -> None:
 def test_every_layout(program: Path, dtype: torch.dtype) -> None:
     shapes = ((2, 3, 16), (2, 3, 13), (3, 1, 300))
     cases = [
-        random_case("ReparameterizeKl.Forward", dtype, shape, i, (layout,))
+        random_case("ReparameterizeKl<LogVar>.Forward", dtype, shape, i, (layout,))
         for i, layout in enumerate(LAYOUTS)
         for shape in shapes
     ]
@@ -487,7 +503,7 @@ def test_schedule_does_not_matter(program: Path, columns: int) -> None:
     for highest_first in (False, True):
         for most_blocks in (1, 3, 2**31 - 1):
             case = random_case(
-                "ReparameterizeKl.Forward", torch.float32, (1, 5, columns), 7, ("dense",)
+                "ReparameterizeKl<LogVar>.Forward", torch.float32, (1, 5, columns), 7, ("dense",)
             )
             case.highest_first, case.most_blocks = highest_first, most_blocks
             case.wanted, case.lend_partial_sums = -1, True
@@ -505,16 +521,17 @@ def test_row_sums_stay_accurate(program: Path, dtype: torch.dtype, lend: bool) -
     columns = 1_000_003
     rng = np.random.default_rng(0)
     inputs = [torch.from_numpy(rng.uniform(-2, 2, (1, 1, columns))).to(dtype) for _ in range(2)]
-    case = Case("StandardGaussianKl.Forward", inputs, lend_partial_sums=lend)
+    case = Case("StandardGaussianKl<LogVar>.Forward", inputs, lend_partial_sums=lend)
     ((_, kl),) = run(program, case)
-    expected = standard_kl(*[x.double() for x in inputs]).sum().item()
+    _, term = FORMULAS[case.formula].reference(*[x.double() for x in inputs])
+    expected = term.sum().item()
     assert abs(kl.item() / expected - 1) < (1e-14 if dtype == torch.float64 else 3e-7)
 
 
 @pytest.mark.parametrize("offset", [0, 12345, 2**32 - 2, 2**64 - 1])
 @pytest.mark.parametrize("seed", [0, 42, 2**64 - 3])
 def test_philox_words(program: Path, seed: int, offset: int) -> None:
-    header = struct.pack("<64s17Q", b"philox", 0, 1, 1, 8, *[0] * 11, seed, offset)
+    header = struct.pack("<64s17Qd", b"philox", 0, 1, 1, 8, *[0] * 11, seed, offset, 0.0)
     done = subprocess.run([program], input=header, capture_output=True, check=True)
     assert np.array_equal(
         np.frombuffer(done.stdout, np.uint32).reshape(-1, 4), words((seed, offset), 0, 8)
@@ -539,7 +556,7 @@ def test_reference_philox() -> None:
 def test_noise(program: Path, key: tuple[int, int], dtype: torch.dtype) -> None:
     """mu = log_var = 0 leaves the noise: a few ulp, also where the counter carries."""
     zeros = torch.zeros(1, dtype=dtype).expand(1, 7, 33)
-    (((z,), _),) = run(program, Case("Reparameterize.Forward", [zeros, zeros], key=key))
+    (((z,), _),) = run(program, Case("Reparameterize<LogVar>.Forward", [zeros, zeros], key=key))
     expected = normals(key, 0, 7 * 33, dtype).reshape(1, 7, 33)
     ulp = torch.finfo(dtype).eps
     reference = 16 * torch.finfo(torch.float64).eps  # is no more exact than that
@@ -552,13 +569,13 @@ def test_more_than_two_to_the_31_elements(program: Path) -> None:
     last = dict(only_block=2**16 - 1, virtual_bytes=4 * tail)
     mu, log_var = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[[0.5], [0.25], [-1.0]]])
     noise = Case(
-        "Reparameterize.Forward",
+        "Reparameterize<LogVar>.Forward",
         [x[:, 2:].expand(shape) for x in (mu, log_var)],
         key=(3, 4),
         **last,
     )
     rows = Case(
-        "StandardGaussianKl.Backward",
+        "StandardGaussianKl<LogVar>.Backward",
         [x.expand(shape) for x in (mu, log_var)],
         torch.ones(3),
         **last,
@@ -631,12 +648,13 @@ class Pairs:
             shapes = [(self.rows,)] * (1 + self.marginals) + [(self.rows, columns)]
         schedule = (0, 0, int(self.highest_first), self.most_blocks, -1, 0, 0, 0)
         header = struct.pack(
-            "<64s17q",
+            "<64s17qd",
             b"pairs",
             DTYPES.index(self.dtype),
             *(self.rows, self.components, self.dims),
             *(0, 0, 0, 0, 15 if self.log_weights else 7),
             *schedule,
+            0.0,
         )
         given = (self.marginals, backward, self.log_weights, backward, backward and self.marginals)
         header += struct.pack("<6q3d", *map(int, given), self.weighting, *self.weights)
@@ -708,7 +726,7 @@ def test_address_sanitizer_is_on(program: Path) -> None:
     """One element missing at the end of an input, in a pack and beyond one, is noticed."""
     for columns in (64, 65):
         case = random_case(
-            "StandardGaussianKl.Forward", torch.float32, (1, 3, columns), 1, ("dense",)
+            "StandardGaussianKl<LogVar>.Forward", torch.float32, (1, 3, columns), 1, ("dense",)
         )
         case.missing, case.offsets = 1, [0] * 6
         with pytest.raises(AssertionError, match="heap-buffer-overflow"):

@@ -68,24 +68,28 @@ def continuous_bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     return _continuous_bernoulli_log_prob(x, logits)
 
 
-def laplace_log_prob(x: Tensor, mu: Tensor, log_scale: Tensor) -> Tensor:
+def laplace_log_prob(
+    x: Tensor, mu: Tensor, log_scale: Tensor, *, parameterization: str = "log_scale"
+) -> Tensor:
     r"""Log-density of independent Laplace variables, summed over the last dimension.
 
     .. math::
         \log p(x \mid \mu, b) = -\sum_d \log 2 + \log b_d + |x_d - \mu_d| / b_d
 
     Args:
-        x, mu, log_scale: ``[..., D]``, broadcast together and not copied; ``log_scale`` is
-            :math:`\log b`. A scale of shape ``[1]`` is shared by all.
+        x, mu, log_scale: ``[..., D]``, broadcast together and not copied. A scale of shape ``[1]``
+            is shared by all.
+        parameterization: what ``log_scale`` holds: ``"log_scale"``, :math:`s` of :math:`b = e^s`;
+            ``"scale"``, b itself; ``"softplus"``, of :math:`b = \log(1 + e^s)`.
 
     Returns:
         Nats per row, ``[...]``; float32 for half types. The gradient at ``x = mu`` is 0.
 
     Raises:
         TypeError: if a dtype is not floating, or they differ.
-        ValueError: if the shapes do not broadcast.
+        ValueError: if the shapes do not broadcast, or there is no such parameterization.
 
     >>> fastvae.laplace_log_prob(torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1))
     tensor([-3.3863])
     """
-    return _laplace_log_prob(x, mu, log_scale)
+    return _laplace_log_prob(x, mu, log_scale, parameterization)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .gaussian import _compute
+from .scale import scale_map
 
 __all__ = ["bernoulli_log_prob", "continuous_bernoulli_log_prob", "laplace_log_prob"]
 
@@ -45,9 +46,11 @@ def continuous_bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     return torch.where(near, (x - 0.5) * torch.where(near, logits, 0.0) - series, far).sum(-1)
 
 
-def laplace_log_prob(x: Tensor, mu: Tensor, log_scale: Tensor) -> Tensor:
-    x, mu, log_scale = _compute(x, mu, log_scale)
+def laplace_log_prob(
+    x: Tensor, mu: Tensor, log_scale: Tensor, parameterization: str = "log_scale"
+) -> Tensor:
+    scale = scale_map("laplace_log_prob", parameterization, default="log_scale")
+    x, mu, s = _compute(x, mu, log_scale)
     mean = x == mu  # there 0, not 0 * inf
-    deviation = torch.where(mean, 0.0, (x - mu).abs() * torch.exp(-log_scale))
-    log_scale = log_scale.clamp(min=torch.finfo(log_scale.dtype).min)  # not -inf + inf
-    return (-math.log(2.0) - log_scale - deviation).sum(-1)
+    deviation = torch.where(mean, 0.0, (x - mu).abs() * scale.any_inverse_sigma(s))
+    return (-math.log(2.0) - scale.finite_log_sigma(s) - deviation).sum(-1)

@@ -7,14 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from .gaussian import _compute, _inverse_sigma
+from .gaussian import _compute
+from .scale import ScaleMap
 
 __all__ = ["aggregate_posterior", "gaussian_mixture_log_prob"]
 
 
 def _log_density(z: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
     """Of each dimension. So far away that the score overflows: -inf, and a gradient of zero."""
-    score = (z - mu) * _inverse_sigma(log_var)
+    score = (z - mu) * ScaleMap("log_var").inverse_sigma(log_var)
     far = torch.isinf(score)
     score = torch.where(far, 0.0, score)
     log_var = log_var.clamp(min=torch.finfo(log_var.dtype).min)  # not -inf + inf

@@ -39,6 +39,7 @@ struct Header {  // test_simt.py packs the same
   int64_t highest_first, most_blocks, only_block;  // simt::Options
   int64_t virtual_bytes;  // if not 0: outputs are huge, and this much of their end is answered
   int64_t key[2];
+  double parameter;
 };
 struct InputHeader {
   int64_t bytes, offset;  // of the data, and from a 16-byte boundary to it
@@ -79,6 +80,7 @@ void run_case(const Header& h) {
   sweep.dtype = static_cast<DType>(h.dtype);
   sweep.outer = h.outer, sweep.inner = h.inner, sweep.columns = h.columns;
   sweep.key = h.key;
+  sweep.parameters[0] = h.parameter;
   const int64_t item = h.dtype == 0 ? 4 : h.dtype == 1 ? 8 : 2, row_item = h.dtype == 1 ? 8 : 4;
   const int64_t rows = h.outer * h.inner;
 

@@ -28,11 +28,13 @@
 #define FASTVAE_LAUNCH(kernel, blocks, threads, stream, ...) \
   simt::launch(blocks, threads, [&] { kernel(__VA_ARGS__); }), static_cast<void>(stream)
 
-// The formulas that the .cu files instantiate, by name: "GaussianKl.Forward".
-#define FASTVAE_INSTANTIATE(formula)                                         \
-  [[maybe_unused]] static const bool formula##_is_registered =               \
-      (simt::formulas()[#formula ".Forward"] = sweep_rows<formula::Forward>, \
-       simt::formulas()[#formula ".Backward"] = sweep_rows<formula::Backward>, true);
+// The formulas that the .cu files instantiate, by name: "GaussianKl<LogVar>.Forward".
+#define FASTVAE_INSTANTIATE(...) FASTVAE_REGISTER(__COUNTER__, __VA_ARGS__)
+#define FASTVAE_REGISTER(n, ...) FASTVAE_REGISTER_AS(n, __VA_ARGS__)
+#define FASTVAE_REGISTER_AS(n, ...)                                                  \
+  [[maybe_unused]] static const bool is_registered_##n =                             \
+      (simt::formulas()[#__VA_ARGS__ ".Forward"] = sweep_rows<__VA_ARGS__::Forward>, \
+       simt::formulas()[#__VA_ARGS__ ".Backward"] = sweep_rows<__VA_ARGS__::Backward>, true);
 
 namespace fastvae {
 struct Sweep;
