@@ -10,8 +10,6 @@
 
 namespace fastvae {
 
-namespace {
-
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case at::kFloat:
@@ -24,6 +22,8 @@ DType dtype_of(const Tensor& x) {
       return DType::kFloat16;
   }
 }
+
+namespace {
 
 bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;

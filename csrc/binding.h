@@ -47,6 +47,7 @@ void check_row_values(const char* op, const Argument& values, c10::SymIntArrayRe
                       const Tensor& input);
 // What a row sum of the input comes in: half types sum in, and return, float32.
 at::TensorOptions row_options(const Tensor& input);
+DType dtype_of(const Tensor& x);
 // A new tensor, of huge pages if it is large.
 Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options);
 
@@ -74,6 +75,9 @@ class RowOp {
   // A row input (the gradient of a row sum), broadcast to one value a row.
   RowOp& row_input(const char* name, const Tensor& value);
   RowOp& key(const Tensor& key);
+
+  // What the inputs broadcast to.
+  c10::SymIntArrayRef shape() const { return shape_; }
 
   RowOp& parameter(double value) {
     parameter_ = value;

@@ -77,6 +77,9 @@ class Case:
     # and forward + backward, of the inputs that are not data
     bytes_full: int | Callable[[Shape], int]
     sampled: bool = False  # takes key= and generator=
+    # a sample of noise, and the noise in a sample, whose others are no one's to replay
+    sample_from: Callable[..., Tensor] = lambda e, mu, log_var: mu + torch.exp(0.5 * log_var) * e
+    noise_in: Callable[..., Tensor] = lambda z, mu, log_var: (z - mu) * torch.exp(-0.5 * log_var)
     variant: str = ""  # tells rows of one op apart in test names
     settings: tuple[Any, ...] = ()  # what the op takes after its tensors, all of it
     options: dict[str, Any] = field(default_factory=dict)  # of these, what is not the default
@@ -85,6 +88,8 @@ class Case:
     wired_as: str = ""  # another row shows that autograd, compile and torch.func meet the op
     no_broadcast: str = ""  # its inputs do not broadcast against each other
     sees_batch: str = ""  # a row's outputs depend on the other rows
+    mixes: str = ""  # an element of its output depends on the row's other columns
+    quadratic: str = ""  # it has D x D inputs, so that D must be moderate
     copies: str = ""  # it copies its inputs, which therefore must fit in memory
     eager_bytes: Callable[[Shape], int] = lambda sizes: 0  # of the largest tensor written by hand
     # max |value - float64 reference| / (|reference| + atol) per dtype
@@ -182,6 +187,13 @@ def _eager_reparameterize(mu: Tensor, log_var: Tensor) -> Tensor:
 def _eager_reparameterize_kl(mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
     kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).sum(-1)
     return _eager_reparameterize(mu, log_var), kl
+
+
+def _eager_reparameterize_tril_kl(mu: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+    z = mu + (scale_tril @ torch.randn_like(mu).unsqueeze(-1)).squeeze(-1)
+    log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    squares = mu.pow(2).sum(-1) + scale_tril.pow(2).sum((-2, -1))
+    return z, 0.5 * (squares - mu.shape[-1]) - log_det
 
 
 def _eager_gaussian_kl(
@@ -296,6 +308,13 @@ def _distributions_reparameterize_kl(mu: Tensor, log_var: Tensor) -> tuple[Tenso
     return q.rsample(), _d.kl_divergence(q, p).sum(-1)
 
 
+def _distributions_reparameterize_tril_kl(mu: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+    q = _d.MultivariateNormal(mu, scale_tril=scale_tril, validate_args=False)
+    eye = torch.eye(mu.shape[-1], dtype=mu.dtype, device=mu.device)
+    p = _d.MultivariateNormal(torch.zeros_like(mu[0]), scale_tril=eye, validate_args=False)
+    return q.rsample(), _d.kl_divergence(q, p)
+
+
 def _distributions_gaussian_kl(
     mu_q: Tensor, log_var_q: Tensor, mu_p: Tensor | None = None, log_var_p: Tensor | None = None
 ) -> Tensor:
@@ -307,6 +326,15 @@ def _distributions_gaussian_kl(
 # --- the table ------------------------------------------------------------------------------------
 
 LATENT: tuple[Shape, ...] = ((128, 32), (1024, 64), (65536, 256))
+
+
+def _triangles(shape: Shape, g: torch.Generator) -> Tensor:
+    """Well conditioned, as after training."""
+    c = standard_normal(shape, g).tril() * (0.5 / math.sqrt(max(1, shape[-1])))
+    diagonal = c.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(near_one(diagonal.shape, g))
+    return c
+
 
 DATASET = 1_000_000  # data that the batches of aggregate_posterior are a part of
 OWN_SHAPES = "its inputs have shapes of their own"
@@ -350,6 +378,29 @@ BASIC: tuple[Case, ...] = (
         bytes_full=8,  # and read grad_z, mu, log_var; write grad_mu, grad_log_var
         sampled=True,
         settings=("log_var", 0.0),
+    ),
+    Case(
+        op="reparameterize_tril_kl",
+        inputs=(
+            Input("mu"),
+            Input("scale_tril", _triangles, shape=lambda s: (*s, s[-1])),
+        ),
+        outputs=("element", "row"),
+        eager=_eager_reparameterize_tril_kl,
+        distributions=_distributions_reparameterize_tril_kl,
+        bench=((128, 32), (1024, 64)),
+        bytes_forward=lambda s: math.prod(s) * (2 + s[-1]),  # read mu, scale_tril; write z
+        bytes_full=lambda s: math.prod(s) * (5 + 3 * s[-1]),  # and again; grad_z; write gradients
+        sampled=True,
+        sample_from=lambda e, mu, c: mu + (c @ e.unsqueeze(-1)).squeeze(-1),
+        noise_in=lambda z, mu, c: torch.linalg.solve_triangular(
+            c, (z - mu).unsqueeze(-1), upper=False
+        ).squeeze(-1),
+        settings=("scale",),
+        no_broadcast=OWN_SHAPES,
+        mixes="z_i is a sum over the columns up to i",
+        quadratic="each row has a triangle of its own",
+        eager_bytes=lambda s: 4 * math.prod(s) * s[-1],
     ),
     Case(
         op="gaussian_kl",

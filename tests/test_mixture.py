@@ -332,3 +332,32 @@ def test_wrong_normalisers_raise():
         ValueError, match=r"kept must be what forward kept, got \[2, 6\] and \[3, 4\]"
     ):
         backward(grad, grad, z, z, z, kept, None, "mws", False, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["log_scale", "scale", "softplus"])
+def test_scales_given_by_other_maps(name, dtype, device):
+    g = torch.Generator().manual_seed(0)
+    z, mu = (torch.randn(9, 4, generator=g, dtype=torch.float64).to(device) for _ in range(2))
+    s = torch.rand(9, 4, generator=g, dtype=torch.float64).add(0.5).to(device)
+    z, mu, s = (x.to(dtype).requires_grad_() for x in (z, mu, s))
+    wide = [x.detach().double().requires_grad_() for x in (z, mu, s)]
+    log_var = 2.0 * fastvae.reference.scale.ScaleMap(name).log_sigma(wide[2])
+    for function in (
+        lambda z, mu, s, **option: fastvae.gaussian_mixture_log_prob(z, mu, s, **option),
+        lambda z, mu, s, **option: sum(fastvae.aggregate_posterior(z, mu, s, 100, **option)),
+    ):
+        value = function(z, mu, s, parameterization=name)
+        ideal = function(wide[0], wide[1], log_var)
+        close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
+        if dtype == torch.bfloat16:
+            close = {"rtol": 2e-6, "atol": 2e-6}
+        torch.testing.assert_close(value.double(), ideal, **close)
+        grads = torch.autograd.grad(value.sum(), (z, mu, s))
+        ideals = torch.autograd.grad(ideal.sum(), wide, retain_graph=True)
+        for grad, exact in zip(grads, ideals, strict=True):
+            torch.testing.assert_close(grad, exact.to(dtype))
+    with pytest.raises(ValueError, match=r"parameterization must be one of .*, got sigma"):
+        fastvae.gaussian_mixture_log_prob(z, mu, s, parameterization="sigma")
+    with pytest.raises(TypeError, match="must have the dtype of"):
+        fastvae.aggregate_posterior(z, mu, s.float(), parameterization=name)

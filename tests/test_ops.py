@@ -281,6 +281,8 @@ def test_more_than_2_31_elements(case, device, key):
 def test_bitwise_equal_for_any_thread_count(case, shape, device, key, threads):
     if shape[0] > 1000:
         skip_if(case.sees_batch)
+    if shape[1] > 1000:
+        skip_if(case.quadratic)
     results = []
     for n in (1, 2, 3, 5):
         threads(n)
@@ -326,7 +328,7 @@ def test_special_values_in_every_lane_stay_in_their_row(case, bad, device, key):
             assert torch.equal(out.isnan(), ref.isnan()), what
             assert torch.equal(out.isposinf(), ref.isposinf()), what
             assert torch.equal(out.isneginf(), ref.isneginf()), what
-            if kind == "element":
+            if kind == "element" and not case.mixes:
                 off = ~torch.eye(37, dtype=torch.bool, device=device)
                 assert torch.equal(out[off], clean[0][off]), what
 

@@ -719,6 +719,90 @@ def test_no_components_and_far_rows(program: Path) -> None:
     assert all(x.isfinite().all() for x in rest)
 
 
+# ---- triangles --------------------------------------------------------------------------------
+
+
+def run_triangles(
+    program: Path,
+    c: torch.Tensor,
+    key: tuple[int, int],
+    given: list[torch.Tensor],
+    backward: bool,
+    wanted: int = 3,
+    highest_first: bool = False,
+    most_blocks: int = 2**31 - 1,
+) -> list[torch.Tensor]:
+    rows, dims = given[-1].shape if backward else given[0].shape
+    header = struct.pack(
+        "<64s17qd",
+        b"triangles",
+        DTYPES.index(c.dtype),
+        *(rows, c.shape[0], dims, 1, int(backward), 0, 0, wanted, 0, 0),
+        *(int(highest_first), most_blocks, -1, 0),
+        *key,
+        0.0,
+    )
+    data = reachable_bytes(c)
+    header += struct.pack("<5q", len(data), 0, *c.stride()) + data
+    header += b"".join(x.contiguous().numpy().tobytes() for x in given)
+    done = subprocess.run([program], input=header, capture_output=True)
+    if done.returncode != 0:
+        raise AssertionError(done.stderr.decode()[:4000])
+    if backward:
+        flat = torch.frombuffer(bytearray(done.stdout), dtype=c.dtype)
+        return [flat.reshape(c.shape)]
+    flat = torch.frombuffer(bytearray(done.stdout), dtype=given[0].dtype)
+    return [x.reshape(y.shape) for x, y in zip(flat.split([rows * dims, rows]), given, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("layout", ["dense", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (3, 3, 2), (2, 2, 33), (6, 3, 19), (5, 1, 130), (1, 1, 1100)], ids=str
+)
+def test_triangles(
+    program: Path, sizes: tuple[int, int, int], layout: str, dtype: torch.dtype
+) -> None:
+    """Below the diagonal alone: what is on it the other engine has done, above there is NaN."""
+    rows, triangles, dims = sizes
+    if dims > 1000 and (layout != "dense" or dtype not in DTYPES[:2]):
+        pytest.skip("more than one chunk of columns is shown once")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    g = torch.Generator().manual_seed(dims)
+    above = torch.ones(dims, dims, dtype=torch.bool).triu()
+    c = torch.randn(triangles, dims, dims, generator=g).div(dims**0.5).to(dtype)
+    c = c.masked_fill(above, math.nan)
+    below = c.double().masked_fill(above, 0.0).repeat(rows // triangles, 1, 1)
+    if layout == "transposed":
+        c = c.mT.contiguous().mT
+    elif layout == "sliced":
+        c = torch.full((triangles, dims, 2 * dims + 3), math.nan, dtype=dtype)[..., 1:-2:2].copy_(c)
+    z, kl = torch.randn(rows, dims, generator=g).to(wide), torch.randn(rows, generator=g).to(wide)
+    grad_z, d_diagonal = torch.randn(2, rows, dims, generator=g).to(wide).unbind()
+    key = (17, 2**64 - 3)
+    eps = normals(key, 0, rows * dims, wide).reshape(rows, dims)
+    scale = 1.0 + dims**0.5
+    tolerance = scale * (2e-6 if wide == torch.float32 else 1e-14)
+    for first in (False, True):
+        schedule = {"highest_first": first, "most_blocks": 1 if first else 2**31 - 1}
+        got = run_triangles(program, c, key, [z, kl], False, **schedule)
+        want_z = z.double() + (below @ eps.unsqueeze(-1)).squeeze(-1)
+        want_kl = kl.double() + below.square().sum((-2, -1)) / 2
+        assert (got[0] - want_z).abs().max() <= tolerance
+        assert ((got[1] - want_kl).abs() <= tolerance * (1 + want_kl.abs())).all()
+        for wanted in (1, 2, 3):
+            given = [*[grad_z] * (wanted & 1), *[kl] * (wanted >> 1), d_diagonal]
+            (grad,) = run_triangles(program, c, key, given, True, wanted, **schedule)
+            want = torch.diag_embed(d_diagonal.double())
+            if wanted & 1:
+                want = want + (grad_z.double().unsqueeze(-1) * eps.unsqueeze(-2)).tril(-1)
+            if wanted & 2:
+                want = want + kl.double()[:, None, None] * below
+            want = want.reshape(-1, triangles, dims, dims).sum(0)
+            error = (grad.double() - want).abs()
+            assert (error <= max(TOLERANCE[dtype], tolerance) * (1 + want.abs()) * rows).all()
+
+
 # ---- tests of the tests -----------------------------------------------------------------------
 
 

@@ -3,9 +3,10 @@
 No logic lives here beyond defaults and the choice of the route (:mod:`.route`).
 """
 
-from . import bound, counts, gaussian, likelihood, mixture
+from . import bound, counts, covariance, gaussian, likelihood, mixture
 from .bound import *  # noqa: F403
 from .counts import *  # noqa: F403
+from .covariance import *  # noqa: F403
 from .gaussian import *  # noqa: F403
 from .likelihood import *  # noqa: F403
 from .mixture import *  # noqa: F403
@@ -13,6 +14,7 @@ from .mixture import *  # noqa: F403
 __all__: list[str] = []
 __all__ += bound.__all__
 __all__ += counts.__all__
+__all__ += covariance.__all__
 __all__ += gaussian.__all__
 __all__ += likelihood.__all__
 __all__ += mixture.__all__

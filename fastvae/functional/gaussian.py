@@ -139,8 +139,7 @@ def reparameterize_kl(
     if groups is None:
         z, kl = _reparameterize_kl(mu, log_var, key, parameterization, free_bits)
     else:
-        mu, log_var = _split(name, groups, mu, log_var)
-        z, kl = _reparameterize_kl(mu, log_var, key, parameterization)
+        z, kl = _reparameterize_kl(*_split(name, groups, mu, log_var), key, parameterization)
         z, kl = z.flatten(-2), _sum_of_groups(name, kl, free_bits)
     if beta != 1.0 or capacity is not None:
         kl = _weighed(name, kl, beta, capacity)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..reference.scale import scale_map
 from .route import op
 
 __all__ = ["aggregate_posterior", "gaussian_mixture_log_prob"]
@@ -12,8 +14,29 @@ _aggregate_posterior = op("aggregate_posterior")
 _gaussian_mixture_log_prob = op("gaussian_mixture_log_prob")
 
 
+def _as_log_var(
+    name: str, parameterization: str, log_var: Tensor, *others: Tensor | None
+) -> list[Tensor | None]:
+    """The scale as the kernels take it, and the others of its dtype.
+
+    One pass over the components is nothing beside all their pairs, and there is no kernel for it.
+    """
+    scale = scale_map(name, parameterization)
+    alike = all(x is None or x.dtype == log_var.dtype for x in others)
+    if not alike or not log_var.is_floating_point():
+        return [log_var, *others]  # the op says what is wrong
+    if log_var.dtype in (torch.bfloat16, torch.float16):  # which would round the logarithm
+        log_var, others = log_var.float(), tuple(x if x is None else x.float() for x in others)
+    return [2.0 * scale.log_sigma(log_var), *others]
+
+
 def gaussian_mixture_log_prob(
-    z: Tensor, mu: Tensor, log_var: Tensor, log_weights: Tensor | None = None
+    z: Tensor,
+    mu: Tensor,
+    log_var: Tensor,
+    log_weights: Tensor | None = None,
+    *,
+    parameterization: str = "log_var",
 ) -> Tensor:
     r"""Log-density of a mixture of diagonal Gaussians: a VampPrior, a Gaussian mixture prior.
 
@@ -25,6 +48,7 @@ def gaussian_mixture_log_prob(
         mu, log_var: the components, ``[K, D]`` each.
         log_weights: :math:`\log w_k`, ``[K]``, used as given: normalise them yourself
             (``log_softmax``). Default: all :math:`1/K`.
+        parameterization: what ``log_var`` holds, as in :func:`fastvae.reparameterize`.
 
     Returns:
         Nats per row, ``[...]``; float32 for half types; -inf, with a gradient of zero, where no
@@ -35,7 +59,8 @@ def gaussian_mixture_log_prob(
 
     Raises:
         TypeError: if a dtype is not floating, or they differ.
-        ValueError: if ``mu`` is not ``[K, D]``, or another shape does not follow from it.
+        ValueError: if ``mu`` is not ``[K, D]``, another shape does not follow from it, or there is
+            no such parameterization.
 
     Paper: Tomczak & Welling, "VAE with a VampPrior", AISTATS 2018, eq. 9.
 
@@ -43,6 +68,10 @@ def gaussian_mixture_log_prob(
     >>> fastvae.gaussian_mixture_log_prob(torch.zeros(1, 2), mu, torch.zeros(2, 2))
     tensor([-2.3379])
     """
+    if parameterization != "log_var":
+        log_var, z, mu, log_weights = _as_log_var(  # type: ignore[assignment]
+            "gaussian_mixture_log_prob", parameterization, log_var, z, mu, log_weights
+        )
     return _gaussian_mixture_log_prob(z, mu, log_var, log_weights)
 
 
@@ -54,6 +83,7 @@ def aggregate_posterior(
     estimator: str = "mws",
     *,
     legacy_mss: bool = False,
+    parameterization: str = "log_var",
 ) -> tuple[Tensor, Tensor]:
     r"""Minibatch estimates of the aggregate posterior and of the product of its marginals.
 
@@ -77,6 +107,7 @@ def aggregate_posterior(
             descendants (pythae, disentangling-vae) put them: :math:`1/N` in column 0 in place of
             the diagonal, :math:`(N-M)/(NM)` in column 1, and in column 0 of row B - 2, whose
             weights then sum to more than 1. Only to reproduce published results.
+        parameterization: what ``log_var`` holds, as in :func:`fastvae.reparameterize`.
 
     Returns:
         ``(log_qz, log_prod_qz)``: nats per row, ``[B]`` each; float32 for half types.
@@ -87,7 +118,7 @@ def aggregate_posterior(
         TypeError: if a dtype is not floating, or they differ.
         ValueError: if the shapes are not all ``[B, D]``, the estimator is unknown,
             ``dataset_size`` is less than B or, with ``"mss"``, missing, or ``legacy_mss`` is given
-            without ``"mss"``.
+            without ``"mss"``, or there is no such parameterization.
 
     Paper: Chen, Li, Grosse & Duvenaud, "Isolating Sources of Disentanglement in VAEs", NeurIPS
     2018, appendix C.
@@ -97,4 +128,8 @@ def aggregate_posterior(
     >>> log_qz
     tensor([-1.8379, -1.8379, -1.8379])
     """
+    if parameterization != "log_var":
+        log_var, z, mu = _as_log_var(  # type: ignore[assignment]
+            "aggregate_posterior", parameterization, log_var, z, mu
+        )
     return _aggregate_posterior(z, mu, log_var, dataset_size, estimator, legacy_mss)

@@ -108,8 +108,8 @@ class ScaleMap:
 
 
 def scale_map(op: str, parameterization: str, default: str = "log_var") -> ScaleMap:
-    known = ("log_var", "log_scale", "scale", "softplus")
-    known = known[known.index(default) :]
+    maps = ("log_var", "log_scale", "scale", "softplus")
+    known = maps[maps.index(default) :]
     if parameterization not in known:
         raise ValueError(
             f"fastvae::{op}: parameterization must be one of {', '.join(known)}, "

@@ -12,13 +12,16 @@
 #include <string>
 #include <vector>
 
+#include "covariance.h"
 #include "pairing.h"
 #include "philox.h"
 #include "sweep.h"
 
 namespace fastvae::cuda {
-// mixture.cu, which a program of fewer sources lacks.
+// mixture.cu and covariance.cu, which a program of fewer sources lacks.
 __attribute__((weak)) const char* sweep_pairs(const Pairing& p, bool backward, void* stream);
+__attribute__((weak)) const char* sweep_triangles(const TriangleSweep& s, bool backward,
+                                                  void* stream);
 }  // namespace fastvae::cuda
 
 extern "C" const char* __asan_default_options() {
@@ -202,12 +205,64 @@ void run_pairs(const Header& h) {
   }
 }
 
+// Name "triangles": rows, triangles and dims come as outer, inner and columns; scale_tril as an
+// input, whose strides are those from triangle to triangle, line to line, column to column. Then,
+// contiguous: z and kl, which come back; or those there are of grad_z and grad_kl (wanted, bits 0
+// and 1), and d_diagonal, for d_scale_tril.
+void run_triangles(const Header& h) {
+  const bool backward = h.row_inputs != 0;
+  const int64_t item = h.dtype == 0 ? 4 : h.dtype == 1 ? 8 : 2, wide = h.dtype == 1 ? 8 : 4;
+  const int64_t elements = h.outer * h.columns;
+  TriangleSweep s;
+  s.dtype = static_cast<DType>(h.dtype);
+  s.rows = h.outer, s.triangles = h.inner, s.dims = h.columns, s.key = h.key;
+  InputHeader in;
+  receive(&in, sizeof in);
+  std::vector<Buffer> buffers;
+  const auto input = [&](int64_t bytes) {
+    buffers.push_back(allocate(bytes));
+    receive(buffers.back().get(), static_cast<size_t>(bytes));
+    return buffers.back().get();
+  };
+  s.scale_tril = input(in.bytes);
+  s.triangle_stride = in.outer_stride, s.line_stride = in.inner_stride;
+  s.column_stride = in.column_stride;
+  std::vector<std::pair<const char*, int64_t>> answer;
+  if (backward) {
+    if (h.wanted & 1) s.grad_z = input(elements * wide);
+    if (h.wanted & 2) s.grad_kl = input(h.outer * wide);
+    s.d_diagonal = input(elements * wide);
+    const int64_t bytes = h.inner * h.columns * h.columns * item;
+    buffers.push_back(allocate(bytes));
+    s.d_scale_tril = buffers.back().get();
+    answer.push_back({buffers.back().get(), bytes});
+  } else {
+    s.z = input(elements * wide);
+    s.kl = input(h.outer * wide);
+    answer.push_back({static_cast<char*>(s.z), elements * wide});
+    answer.push_back({static_cast<char*>(s.kl), h.outer * wide});
+  }
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  const char* error = cuda::sweep_triangles(s, backward, nullptr);
+  if (error != nullptr) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  for (const auto& [data, bytes] : answer) {
+    if (bytes > 0) std::fwrite(data, static_cast<size_t>(bytes), 1, stdout);
+  }
+}
+
 }  // namespace
 
 int main() {
   Header header;
   while (std::fread(&header, sizeof header, 1, stdin) == 1) {
     const std::string name = header.name;
-    name == "philox" ? run_philox(header) : name == "pairs" ? run_pairs(header) : run_case(header);
+    const auto run_one = name == "philox"      ? run_philox
+                         : name == "pairs"     ? run_pairs
+                         : name == "triangles" ? run_triangles
+                                               : run_case;
+    run_one(header);
   }
 }
