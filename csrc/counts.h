@@ -112,11 +112,11 @@ struct ZeroInflatedNegativeBinomial {
 
   template <class T>
   static FASTVAE_HD T softplus(T x) {
-    return math::max(T(0), x) + math::log1p_unit(math::exp(-math::abs(x)));
+    return math::max(T(0), x) + math::log1p_unit(math::exp_nonpositive(-math::abs(x)));
   }
   template <class T>
   static FASTVAE_HD T sigmoid(T x) {
-    return math::sigmoid(x, math::exp(-math::abs(x)));
+    return math::sigmoid(x, math::exp_nonpositive(-math::abs(x)));
   }
 };
 using ZeroInflatedNegativeBinomialLogProb = RowSum<ZeroInflatedNegativeBinomial>;

@@ -16,11 +16,11 @@ struct Bernoulli {
 
   template <class T>
   static FASTVAE_HD T term(T x, T logit) {
-    return linear(x, logit) - math::log1p_unit(math::exp(-math::abs(logit)));
+    return linear(x, logit) - math::log1p_unit(math::exp_nonpositive(-math::abs(logit)));
   }
   template <class T>
   static FASTVAE_HD Values<T, 2> gradient(T x, T logit) {
-    return {{logit, x - math::sigmoid(logit, math::exp(-math::abs(logit)))}};
+    return {{logit, x - math::sigmoid(logit, math::exp_nonpositive(-math::abs(logit)))}};
   }
 
   // (x - [l > 0]) l; for a certain, right bet 0, not 0 * inf

@@ -145,6 +145,13 @@ FASTVAE_HD T exp(T x) {
          from_bits((n - half) << R::kMantissa);
 }
 
+// The same for x <= 0, where 2^64 in the first factor lets one clamp and one constant do.
+template <class T>
+FASTVAE_HD T exp_nonpositive(T x) {
+  const ExpReduction<T> e = reduce_exp(max(Real<T>::kExpZero, x));
+  return (e.expm1_r + T(1)) * power_of_two<T>(e.n + 64) * T(0x1p-64);
+}
+
 // e^x, 1.5 ulp, for x within the range of e^x; exactly 0 below -87 (double: -708), NaN passes. For
 // the weights of a softmax, which need no more range: one factor 2^n is enough.
 template <class T>

@@ -54,6 +54,8 @@ template <class T>
 T evaluate(const std::string& name, T x) {
   namespace m = fastvae::math;
   if (name == "exp") return m::exp(x);
+  if (name == "exp_nonpositive") return m::exp_nonpositive(x);
+  if (name == "log") return m::log(x);
   if (name == "exp_weight") return m::exp_weight(x);
   if (name == "half_expm1") return m::half_expm1(x);
   if (name == "half_expm1_minus") return m::half_expm1_minus(x);

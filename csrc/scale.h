@@ -206,11 +206,11 @@ struct Softplus {
 
   template <class T>
   static FASTVAE_HD T sigma(T s) {
-    return math::max(T(0), s) + math::log1p_unit(math::exp(-math::abs(s)));
+    return math::max(T(0), s) + math::log1p_unit(math::exp_nonpositive(-math::abs(s)));
   }
   template <class T>
   static FASTVAE_HD T d_sigma(T s) {
-    return math::sigmoid(s, math::exp(-math::abs(s)));
+    return math::sigmoid(s, math::exp_nonpositive(-math::abs(s)));
   }
   template <class T>
   static FASTVAE_HD T log_sigma(T s) {

@@ -48,16 +48,24 @@ FASTVAE_CLONES T add_lines(const T* lines, int64_t stride, int64_t first, int64_
   return kl[0];
 }
 
-// What one row adds to the gradient of line i, columns 0..i - 1. Without grad_kl nobody reads C.
-template <class T>
-FASTVAE_CLONES void add_gradient(const T* line, int64_t i, const T* eps, T grad_z, T grad_kl,
-                                 T* to) {
-  if (line == nullptr) {
+// The gradient of lines first..last - 1 from one row: set by the first row that has the triangle,
+// added by the others. Without grad_kl nobody reads C. Blocks of lanes are whole as far as the
+// diagonal reaches; what lies above it in them is computed and dropped.
+template <class T, bool kSets, bool kReads>
+FASTVAE_CLONES void gradient_lines(const T* lines, int64_t stride, int64_t first, int64_t last,
+                                   int64_t dims, const T* eps, const T* grad_z, T grad_kl,
+                                   const T* d_diagonal, T* to) {
+  for (int64_t i = first; i < last; ++i, lines += stride, to += dims) {
+    const int diagonal = static_cast<int>(i), edge = static_cast<int>((i / kLanes + 1) * kLanes);
+    const int columns = static_cast<int>(dims), whole = edge <= columns ? edge : diagonal + 1;
+    const T slope = grad_z[i], on_diagonal = d_diagonal[i];
 #pragma omp simd
-    for (int64_t j = 0; j < i; ++j) to[j] += Triangle::gradient(T(0), eps[j], grad_z, T(0));
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < i; ++j) to[j] += Triangle::gradient(line[j], eps[j], grad_z, grad_kl);
+    for (int j = 0; j < whole; ++j) {
+      const T below = Triangle::gradient(kReads ? lines[j] : T(0), eps[j], slope, grad_kl);
+      const T value = j < diagonal ? below : (j == diagonal ? on_diagonal : T(0));
+      to[j] = kSets ? value : to[j] + value;
+    }
+    if (kSets) std::fill(to + whole, to + columns, T(0));
   }
 }
 
@@ -67,6 +75,7 @@ class TriangleTask {
   explicit TriangleTask(const TriangleSweep& s)
       : s_(s),
         noise_(static_cast<size_t>(s.dims + 4 + kNoiseGroup + kLanes)),
+        zeros_(s.grad_z == nullptr ? noise_.size() : 0),
         buffer_(static_cast<size_t>(kStrip * s.dims)) {}
 
   void forward(int64_t begin, int64_t end) {
@@ -94,18 +103,17 @@ class TriangleTask {
       Stored* out = static_cast<Stored*>(s_.d_scale_tril) + (triangle * dims + first) * dims;
       T* to = sums.data();
       if constexpr (std::is_same_v<T, Stored>) to = out;
-      std::fill_n(to, (last - first) * dims, T(0));
       for (int64_t row = triangle; row < s_.rows; row += s_.triangles) {
-        const T* eps = s_.grad_z == nullptr ? noise_.data() : draw(row);  // zeros, if unused
-        const T grad_kl = s_.grad_kl == nullptr ? T(0) : static_cast<const T*>(s_.grad_kl)[row];
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t at = row * dims + i;
-          const T grad_z = s_.grad_z == nullptr ? T(0) : static_cast<const T*>(s_.grad_z)[at];
-          T* d_line = to + (i - first) * dims;
-          const T* c = s_.grad_kl == nullptr ? nullptr : lines(row, i, i + 1);
-          add_gradient(c, i, eps, grad_z, grad_kl, d_line);
-          d_line[i] += static_cast<const T*>(s_.d_diagonal)[at];
-        }
+        const T* eps = s_.grad_z == nullptr ? zeros_.data() : draw(row);
+        const T* grad_z =
+            s_.grad_z == nullptr ? zeros_.data() : static_cast<const T*>(s_.grad_z) + row * dims;
+        const bool reads = s_.grad_kl != nullptr, sets = row == triangle;
+        const T grad_kl = reads ? static_cast<const T*>(s_.grad_kl)[row] : T(0);
+        const auto run =
+            sets ? (reads ? gradient_lines<T, true, true> : gradient_lines<T, true, false>)
+                 : (reads ? gradient_lines<T, false, true> : gradient_lines<T, false, false>);
+        run(reads ? lines(row, first, last) : nullptr, reads ? stride() : 0, first, last, dims, eps,
+            grad_z, grad_kl, static_cast<const T*>(s_.d_diagonal) + row * dims, to);
       }
       if constexpr (!std::is_same_v<T, Stored>) scatter(to, out, (last - first) * dims);
     }
@@ -135,7 +143,7 @@ class TriangleTask {
   }
 
   const TriangleSweep& s_;
-  std::vector<T> noise_, buffer_;
+  std::vector<T> noise_, zeros_, buffer_;
 };
 
 }  // namespace fastvae::cpu

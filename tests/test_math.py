@@ -324,12 +324,14 @@ def cos_turn(u: np.ndarray) -> np.ndarray:
 # what it is, its range in float32 and float64, and the bound
 RANGES = {
     "exp": (np.exp, (-103, 88.7), (-745, 709.7), 1.5),
+    "exp_nonpositive": (np.exp, (-103, 0), (-745, 0), 1.5),
     "exp_weight": (np.exp, (-87, 88), (-708, 709), 1.5),
     "half_expm1": (lambda x: np.expm1(x) / 2, (-103, 88.7), (-745, 710), 2),
     "half_expm1_minus": (half_expm1_minus, (-103, 88.7), (-745, 710), 3.2),
     "half_exp.exp_half": (lambda x: np.exp(x / 2), (-173, 177), (-1415, 1419), 2),
     "half_exp.half_expm1": (lambda x: np.expm1(x) / 2, (-200, 88.7), (-1500, 710), 3),
     "half_exp.half_expm1_minus": (half_expm1_minus, (-200, 88.7), (-1500, 710), 4),
+    "log": (np.log, (2.0**-149, 3.4e38), (2.0**-1074, 1.7e308), 2),
     "log_normal": (np.log, (2.0**-33, 1), (2.0**-33, 1), 2),
     "log1p_unit": (np.log1p, (0, 1), (0, 1), 2),
     "sin_turn": (sin_turn, (0, 0.125), (0, 0.125), 2),
