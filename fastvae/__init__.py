@@ -1,15 +1,17 @@
 """fastvae: fused kernels for variational inference in PyTorch.
 
-Drop-in functions with autograd (:mod:`fastvae.functional`, importable from here), the same in plain
-PyTorch (:mod:`fastvae.reference`), explicit randomness (:mod:`fastvae.random`), and models made of
-them (:mod:`fastvae.models`).
+Drop-in functions with autograd (:mod:`fastvae.functional`), the same in plain PyTorch
+(:mod:`fastvae.reference`), bounds and gradients made of them (:mod:`fastvae.estimators`), explicit
+randomness (:mod:`fastvae.random`), and models (:mod:`fastvae.models`). Functions of the first and
+third are importable from here.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import _load, functional, random, reference
+from . import _load, estimators, functional, random, reference
+from .estimators import importance_weighted_bound
 from .functional import *  # noqa: F403
 from .functional.route import OPS as _OPS
 from .functional.route import explain as route
@@ -18,7 +20,16 @@ __version__ = "0.1.0"
 
 _reference_ops = reference.register(_OPS) if _load.module is not None else None
 
-__all__ = ["__version__", "build_info", "functional", "random", "reference", "route"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "estimators",
+    "functional",
+    "importance_weighted_bound",
+    "random",
+    "reference",
+    "route",
+]
 __all__ += functional.__all__
 
 

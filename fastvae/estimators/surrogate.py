@@ -1,0 +1,61 @@
+"""What estimators share whose gradient is not that of their value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["HALF", "AddGradient", "check_floating", "check_same_device", "wide"]
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half types compute in float32."""
+    return x.float() if x.dtype in HALF else x
+
+
+class AddGradient(torch.autograd.Function):
+    """``bound``; backward gives x the gradient of ``(coefficient * x).sum(0)`` as well.
+
+    Where the gradient of the bound is zero, so is this one, also if the coefficient is infinite or
+    NaN: what a user leaves out of the loss sends nothing.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(bound: Tensor, coefficient: Tensor, x: Tensor) -> Tensor:
+        return bound.view_as(bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.dtype = inputs[2].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (coefficient,) = ctx.saved_tensors
+        # The coefficient is cleared, not the product: that stays linear in grad where it is finite.
+        left_out = (grad == 0.0) & ~coefficient.isfinite()
+        coefficient = coefficient.masked_fill(left_out, 0.0)
+        return grad, None, (grad * coefficient).to(ctx.dtype)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_floating(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"fastvae::{op}: {name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"fastvae::{op}: {name} must be floating-point, got {x.dtype}")
+
+
+def check_same_device(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.device != y.device:
+        raise ValueError(
+            f"fastvae::{op}: {name} must be on the device of {other}, got {x.device} and {y.device}"
+        )
