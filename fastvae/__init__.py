@@ -11,7 +11,13 @@ from __future__ import annotations
 import torch
 
 from . import _load, estimators, functional, random, reference
-from .estimators import importance_weighted_bound
+from .estimators import (
+    elbo,
+    gaussian_entropy,
+    importance_sampled_log_likelihood,
+    importance_weighted_bound,
+    streaming_log_mean_exp,
+)
 from .functional import *  # noqa: F403
 from .functional.route import OPS as _OPS
 from .functional.route import explain as route
@@ -23,12 +29,16 @@ _reference_ops = reference.register(_OPS) if _load.module is not None else None
 __all__ = [
     "__version__",
     "build_info",
+    "elbo",
     "estimators",
     "functional",
+    "gaussian_entropy",
+    "importance_sampled_log_likelihood",
     "importance_weighted_bound",
     "random",
     "reference",
     "route",
+    "streaming_log_mean_exp",
 ]
 __all__ += functional.__all__
 

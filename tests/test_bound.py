@@ -476,6 +476,16 @@ def test_vimco_where_nothing_is_left():
     assert others == [0, 0]
 
 
+def test_vimco_sends_nothing_where_it_is_left_out_of_the_loss():
+    """The signal of the first datapoint is infinite: 0 * inf would be NaN."""
+    log_w = torch.tensor([[1.0, 0.5], [-math.inf, 0.0]])
+    q = torch.zeros(2, 2, requires_grad=True)
+    bound = importance_weighted_bound(log_w, "vimco", log_q=q)
+    (grad,) = torch.autograd.grad((bound * torch.tensor([0.0, 1.0])).sum(), q)
+    assert (grad[:, 0] == 0).all()
+    assert (grad[:, 1] != 0).all()
+
+
 # --- values at the edge ---------------------------------------------------------------------------
 
 

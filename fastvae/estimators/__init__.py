@@ -1,13 +1,19 @@
 """Estimators of log p(x), of bounds on it, and of their gradients.
 
+- :mod:`.evidence`: the evidence lower bound of a Gaussian posterior in its three forms
 - :mod:`.bound`: bounds of K weighted samples, each with the right gradient
+- :mod:`.importance`: log p(x) from any number of importance samples, in the memory of a few
 
 All are made of the ops of :mod:`fastvae.functional`, in Python, and the functions can be imported
 from ``fastvae``.
 """
 
-from . import bound
+from . import bound, evidence, importance
 from .bound import *  # noqa: F403
+from .evidence import *  # noqa: F403
+from .importance import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += bound.__all__
+__all__ += evidence.__all__
+__all__ += importance.__all__

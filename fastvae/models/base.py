@@ -9,17 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from ..estimators import Elbo
 from ..functional import bernoulli_log_prob, gaussian_log_prob
 
 __all__ = ["LIKELIHOODS", "Elbo", "Likelihood", "Model"]
-
-
-class Elbo(NamedTuple):
-    """The evidence lower bound and its terms, in nats per example: ``elbo = recon - kl``."""
-
-    elbo: Tensor
-    recon: Tensor
-    kl: Tensor
 
 
 class Likelihood(NamedTuple):

@@ -7,16 +7,14 @@ r"""The variational autoencoder of Kingma & Welling, "Auto-Encoding Variational 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor, nn
 
-from .. import random
-from ..functional import gaussian_log_prob, reparameterize, reparameterize_kl
-from .base import LIKELIHOODS, Elbo, Model
+from ..estimators import Elbo, elbo, importance_sampled_log_likelihood
+from .base import LIKELIHOODS, Model
 
 __all__ = ["VAE"]
 
@@ -84,10 +82,7 @@ class VAE(Model):
 
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
         """The bound and its terms, in nats, each ``[B]``, from one sample of z per row."""
-        mu, log_var = self.encode(x)
-        z, kl = reparameterize_kl(mu, log_var, generator=generator)
-        recon = self.likelihood.log_prob(x, *self.decode(z))
-        return Elbo(recon - kl, recon, kl)
+        return elbo(self._log_likelihood(x), *self.encode(x), generator=generator)
 
     @torch.no_grad()
     def log_likelihood(
@@ -98,52 +93,25 @@ class VAE(Model):
         *,
         generator: Generator | None = None,
     ) -> Tensor:
-        r"""Importance-sampled log p(x), in nats, ``[B]``.
+        """Importance-sampled log p(x), in nats, ``[B]``.
 
-        .. math::
-            \log \frac1K \sum_{k=1}^K \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}, \qquad z_k \sim q(z|x)
-
-        Its expectation rises to log p(x) with ``num_samples`` (K); at K = 1 it is the ELBO.
-
-        Args:
-            x: ``[B, D]``; encoded once, and never repeated.
-            num_samples: K.
-            chunk: how many samples are held at once, rounded up to a multiple of 4. It bounds the
-                memory to that of ``chunk * B`` decoded images and does not change the samples.
-            generator: where the noise comes from; default: the device's default generator.
-
-        Raises:
-            ValueError: if ``num_samples`` or ``chunk`` is not positive.
-
-        Paper: Burda et al., "Importance Weighted Autoencoders", ICLR 2016.
+        x, ``[B, D]``, is encoded once. See :func:`fastvae.importance_sampled_log_likelihood` for
+        the estimate, the arguments and errors.
 
         >>> model.log_likelihood(torch.rand(16, 784), num_samples=64).shape
         torch.Size([16])
         """
-        if num_samples < 1 or chunk < 1:
-            raise ValueError(
-                "VAE.log_likelihood: num_samples and chunk must be positive, "
-                f"got {num_samples} and {chunk}"
-            )
-        mu, log_var = self.encode(x)
-        zero = torch.zeros_like(mu)
-        key = random.from_generator(generator, mu.device)
-        total = torch.full(mu.shape[:-1], -math.inf, dtype=mu.dtype, device=mu.device)
-        chunk += -chunk % 4  # so that every chunk starts with a whole block of noise
-        for start in range(0, num_samples, chunk):
-            z = reparameterize(
-                mu,
-                log_var,
-                num_samples=min(chunk, num_samples - start),
-                key=random.shard(key, start * len(mu), self.latent_dim),
-            )
-            log_weight = (
-                self.likelihood.log_prob(x, *self.decode(z))
-                + gaussian_log_prob(z, zero, zero)
-                - gaussian_log_prob(z, mu, log_var)
-            )
-            total = torch.logaddexp(total, log_weight.logsumexp(0))
-        return total - math.log(num_samples)
+        return importance_sampled_log_likelihood(
+            self._log_likelihood(x),
+            *self.encode(x),
+            num_samples,
+            chunk=chunk,
+            generator=generator,
+        )
+
+    def _log_likelihood(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """z to log p(x | z), one number per row of z."""
+        return lambda z: self.likelihood.log_prob(x, *self.decode(z))
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
