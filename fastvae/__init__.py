@@ -16,6 +16,9 @@ from .estimators import (
     gaussian_entropy,
     importance_sampled_log_likelihood,
     importance_weighted_bound,
+    leave_one_out,
+    rao_blackwell_bound,
+    score_function_bound,
     streaming_log_mean_exp,
 )
 from .functional import *  # noqa: F403
@@ -35,9 +38,12 @@ __all__ = [
     "gaussian_entropy",
     "importance_sampled_log_likelihood",
     "importance_weighted_bound",
+    "leave_one_out",
     "random",
+    "rao_blackwell_bound",
     "reference",
     "route",
+    "score_function_bound",
     "streaming_log_mean_exp",
 ]
 __all__ += functional.__all__

@@ -91,7 +91,7 @@ def elbo(
         ``recon`` is the mean of log p(x|z). ``kl = recon - elbo`` is exact and never negative for
         ``analytic``, and else an estimate, which may be negative.
 
-    For any other q, draw z from it;
+    For any other q, draw z from it (for a discrete one see :func:`fastvae.score_function_bound`);
     ``importance_weighted_bound(log_p - log_q, "elbo")`` is ``monte_carlo``. Derivatives of any
     order are those of the value. What is infinite or NaN stays in its datapoint.
 
