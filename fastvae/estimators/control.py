@@ -77,7 +77,8 @@ class MovingAverage(nn.Module):
     checkpoints; in evaluation mode they are read only. Keep them in float32: half types have too
     few digits for a slow average. Under DDP they are those of rank 0, like BatchNorm's, if the
     module is part of what DDP wraps; else each rank has its own, and is as unbiased. Nothing is
-    read back to the host.
+    read back to the host. Like any state that is written in place, it makes ``torch.func``
+    transforms raise in training mode; and keep it out of what activation checkpointing runs twice.
 
     Raises:
         TypeError: if the signal is not a floating-point tensor.
