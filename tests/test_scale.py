@@ -105,6 +105,24 @@ def test_every_map_gives_the_same_gaussian(name, device):
     torch.testing.assert_close(kl, expected.sum(-1), **close)
     log_prob = fastvae.gaussian_log_prob(x, mu, s, parameterization=name)
     torch.testing.assert_close(log_prob, normal.log_prob(x).sum(-1), **close)
+    entropy = fastvae.gaussian_entropy(s, parameterization=name)
+    torch.testing.assert_close(entropy, normal.entropy().sum(-1), **close)
+    by_log_var = (mu, 2 * sigma.log())
+    prior, same = (mu[:1], s[:1]), (mu[:1], 2 * sigma[:1].log())
+    options = {"parameterization": name, "prior": prior, "key": key}
+    for form in ("analytic", "entropy", "monte_carlo"):
+        bounds = fastvae.elbo(lambda z: -z.square().sum(-1), mu, s, form, **options)
+        expected = fastvae.elbo(
+            lambda z: -z.square().sum(-1), *by_log_var, form, prior=same, key=key
+        )
+        torch.testing.assert_close(bounds, expected, **close)
+    log_p = fastvae.importance_sampled_log_likelihood(
+        lambda z: -z.square().sum(-1), mu, s, 8, **options
+    )
+    expected = fastvae.importance_sampled_log_likelihood(
+        lambda z: -z.square().sum(-1), *by_log_var, 8, prior=same, key=key
+    )
+    torch.testing.assert_close(log_p, expected, **close)
     if name != "log_var":
         log_prob = fastvae.laplace_log_prob(x, mu, s, parameterization=name)
         expected = torch.distributions.Laplace(mu, sigma).log_prob(x).sum(-1)

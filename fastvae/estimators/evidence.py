@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..functional import gaussian_kl, gaussian_log_prob, reparameterize, reparameterize_kl
+from ..reference.scale import scale_map
 from .surrogate import check_floating, check_same_device, wide
 
 __all__ = ["Elbo", "elbo", "gaussian_entropy"]
@@ -28,20 +29,21 @@ class Elbo(NamedTuple):
     kl: Tensor
 
 
-def gaussian_entropy(log_var: Tensor) -> Tensor:
+def gaussian_entropy(log_var: Tensor, *, parameterization: str = "log_var") -> Tensor:
     r"""Differential entropy of a diagonal Gaussian, summed over the last dimension.
 
     .. math:: H = \tfrac12 \sum_d 1 + \log 2\pi + \log\sigma_d^2
 
     Args:
-        log_var: :math:`\log \sigma^2`, ``[..., D]``: all D of them, also where they are equal.
+        log_var: the scale :math:`\sigma`, ``[..., D]``: all D of them, also where they are equal.
+        parameterization: what ``log_var`` holds, as in :func:`fastvae.reparameterize`.
 
     Returns:
         Nats per row, ``[...]``; float32 for half types. It may be negative.
 
     Raises:
         TypeError: if ``log_var`` is not a floating-point tensor.
-        ValueError: if it has no dimension.
+        ValueError: if it has no dimension, or there is no such parameterization.
 
     >>> fastvae.gaussian_entropy(torch.zeros(1, 2))
     tensor([2.8379])
@@ -49,7 +51,8 @@ def gaussian_entropy(log_var: Tensor) -> Tensor:
     check_floating("gaussian_entropy", "log_var", log_var)
     if log_var.dim() == 0:
         raise ValueError("fastvae::gaussian_entropy: log_var must be [..., D], got []")
-    return 0.5 * (wide(log_var) + (1.0 + math.log(2.0 * math.pi))).sum(-1)
+    log_sigma = scale_map("gaussian_entropy", parameterization).log_sigma(wide(log_var))
+    return (log_sigma + 0.5 * (1.0 + math.log(2.0 * math.pi))).sum(-1)
 
 
 def elbo(
@@ -60,6 +63,7 @@ def elbo(
     *,
     num_samples: int | None = None,
     prior: Prior = None,
+    parameterization: str = "log_var",
     generator: Generator | None = None,
     key: Tensor | None = None,
 ) -> Elbo:
@@ -84,6 +88,8 @@ def elbo(
             dimension of its own.
         prior: ``(mu, log_var)`` of a Gaussian p(z), broadcast with q's; or, but for ``analytic``, a
             function from z to log p(z) like ``log_likelihood``. Default: N(0, I).
+        parameterization: what ``log_var``, and that of a Gaussian prior, holds, as in
+            :func:`fastvae.reparameterize`.
         generator, key: as in :func:`fastvae.reparameterize`.
 
     Returns:
@@ -114,7 +120,8 @@ def elbo(
     torch.Size([16])
     """
     _check_arguments(log_likelihood, mu, log_var, form, num_samples, prior)
-    draw = {"num_samples": num_samples, "generator": generator, "key": key}
+    scale = {"parameterization": parameterization}
+    draw = {"num_samples": num_samples, "generator": generator, "key": key, **scale}
     if form == "analytic" and prior is None:
         z, kl = reparameterize_kl(mu, log_var, **draw)  # type: ignore[arg-type]
     else:
@@ -129,22 +136,23 @@ def elbo(
 
     if form == "entropy":
         full = torch.broadcast_tensors(mu, log_var)[1]
-        kl = -mean(log_prior("elbo", prior, z)) - gaussian_entropy(full)
+        kl = -mean(log_prior("elbo", prior, z, **scale)) - gaussian_entropy(full, **scale)
     elif form == "monte_carlo":
-        kl = mean(gaussian_log_prob(z, mu, log_var) - log_prior("elbo", prior, z))
+        log_q = gaussian_log_prob(z, mu, log_var, **scale)
+        kl = mean(log_q - log_prior("elbo", prior, z, **scale))
     elif prior is not None:
-        kl = gaussian_kl(mu, log_var, *prior)  # type: ignore[misc]
+        kl = gaussian_kl(mu, log_var, *prior, **scale)  # type: ignore
     recon = mean(recon)
     return Elbo(recon - kl, recon, kl)
 
 
-def log_prior(op: str, prior: Prior, z: Tensor) -> Tensor:
+def log_prior(op: str, prior: Prior, z: Tensor, parameterization: str) -> Tensor:
     """log p(z), one number per row."""
     if prior is None:
         zero = z.new_zeros(1)
         return gaussian_log_prob(z, zero, zero)
     if isinstance(prior, tuple):
-        return gaussian_log_prob(z, *prior)
+        return gaussian_log_prob(z, *prior, parameterization=parameterization)
     return rows_of(op, "prior", prior, z)
 
 

@@ -80,6 +80,7 @@ def importance_sampled_log_likelihood(
     *,
     chunk: int = 16,
     prior: Prior = None,
+    parameterization: str = "log_var",
     generator: Generator | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
@@ -100,6 +101,8 @@ def importance_sampled_log_likelihood(
             of ``chunk`` decoded batches, whatever K. It changes no sample.
         prior: ``(mu, log_var)`` of a Gaussian p(z), or a function from z to log p(z); default:
             N(0, I).
+        parameterization: what ``log_var``, and that of a Gaussian prior, holds, as in
+            :func:`fastvae.reparameterize`.
         generator, key: as in :func:`fastvae.reparameterize`: sample k has the noise that it has
             there for ``num_samples=K``.
 
@@ -149,9 +152,11 @@ def importance_sampled_log_likelihood(
                 mu,
                 log_var,
                 num_samples=min(size, num_samples - start),
+                parameterization=parameterization,
                 key=random.shard(first, start * math.prod(shape[:-1]), shape[-1]),
             )
-            log_p = rows_of(name, "log_likelihood", log_likelihood, z) + log_prior(name, prior, z)
-            yield log_p - gaussian_log_prob(z, mu, log_var)
+            log_p = rows_of(name, "log_likelihood", log_likelihood, z)
+            log_p = log_p + log_prior(name, prior, z, parameterization)
+            yield log_p - gaussian_log_prob(z, mu, log_var, parameterization=parameterization)
 
     return streaming_log_mean_exp(log_weights())
