@@ -57,6 +57,10 @@ T evaluate(const std::string& name, T x) {
   if (name == "exp_nonpositive") return m::exp_nonpositive(x);
   if (name == "log") return m::log(x);
   if (name == "exp_weight") return m::exp_weight(x);
+  if (name == "decay.value") return m::decay(x).value;
+  if (name == "decay.loss") return m::decay(x).loss;
+  if (name == "tanh.value") return m::tanh(x).value;
+  if (name == "tanh.slope") return m::tanh(x).slope;
   if (name == "half_expm1") return m::half_expm1(x);
   if (name == "half_expm1_minus") return m::half_expm1_minus(x);
   if (name == "half_exp.exp_half") return m::half_exp(x).exp_half;

@@ -321,11 +321,19 @@ def cos_turn(u: np.ndarray) -> np.ndarray:
     return np.cos(TWO_PI.astype(u.dtype) * u)
 
 
+def tanh_slope(x: np.ndarray) -> np.ndarray:
+    return 1 / np.cosh(x) ** 2
+
+
 # what it is, its range in float32 and float64, and the bound
 RANGES = {
     "exp": (np.exp, (-103, 88.7), (-745, 709.7), 1.5),
     "exp_nonpositive": (np.exp, (-103, 0), (-745, 0), 1.5),
     "exp_weight": (np.exp, (-87, 88), (-708, 709), 1.5),
+    "decay.value": (lambda x: np.exp(-x), (0, 87), (0, 708), 1.5),
+    "decay.loss": (lambda x: -np.expm1(-x), (0, 200), (0, 1500), 2),
+    "tanh.value": (np.tanh, (-60, 60), (-400, 400), 3.2),
+    "tanh.slope": (tanh_slope, (-43, 43), (-353, 353), 5),
     "half_expm1": (lambda x: np.expm1(x) / 2, (-103, 88.7), (-745, 710), 2),
     "half_expm1_minus": (half_expm1_minus, (-103, 88.7), (-745, 710), 3.2),
     "half_exp.exp_half": (lambda x: np.exp(x / 2), (-173, 177), (-1415, 1419), 2),
@@ -380,6 +388,8 @@ def test_exponentials_at_the_ends(dtype):
     nan = [math.nan, math.nan]
     expected = {
         "exp": [0, 0, math.inf, math.inf, 1, 1, *nan],
+        "tanh.value": [-1, -1, 1, 1, 0, 0, *nan],
+        "tanh.slope": [0, 0, 0, 0, 1, 1, *nan],
         "half_expm1": [-0.5, -0.5, math.inf, math.inf, 0, 0, *nan],
         "half_expm1_minus": [math.inf, -x[1] / 2, math.inf, math.inf, 0, 0, *nan],
         "half_exp.exp_half": [0, 0, math.inf, math.inf, 1, 1, *nan],
@@ -389,4 +399,13 @@ def test_exponentials_at_the_ends(dtype):
     for name, values in expected.items():
         actual = fastvae._load.module.math(name, x)
         assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual, np.array(values, dtype), err_msg=name)
+
+
+@needs_probe
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_decay_at_the_ends(dtype):
+    x = np.array([0.0, -0.0, 3e38, math.inf, math.nan], dtype)
+    for name, values in (("value", [1, 1, 0, 0, math.nan]), ("loss", [0, 0, 1, 1, math.nan])):
+        actual = fastvae._load.module.math(f"decay.{name}", x)
         np.testing.assert_array_equal(actual, np.array(values, dtype), err_msg=name)
