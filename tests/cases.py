@@ -37,6 +37,16 @@ def counts(shape: Shape, g: torch.Generator) -> Tensor:
     return 1.0 + torch.poisson(positive(shape, g) * 3.0, generator=g)
 
 
+def bins(count: int) -> Draw:
+    """Centres of the bins of [-1, 1]: what the values of a pixel are."""
+    return lambda shape, g: torch.randint(count, shape, generator=g).double() * 2 / (count - 1) - 1
+
+
+def log_scale(shape: Shape, g: torch.Generator) -> Tensor:
+    """From a third of a bin's width to a third of the range."""
+    return standard_normal(shape, g) - 3.5
+
+
 def positive(shape: Shape, g: torch.Generator) -> Tensor:
     return standard_normal(shape, g).exp()
 
@@ -293,6 +303,40 @@ def _eager_aggregate_posterior(z: Tensor, mu: Tensor, log_var: Tensor) -> tuple[
     return log_qz, torch.logsumexp(w.log()[:, :, None] + density, 1).sum(-1)
 
 
+def _pixelcnn_bins(x: Tensor, mean: Tensor, log_scale: Tensor, num_bins: int = 256) -> Tensor:
+    # as in PixelCNN++ and its descendants
+    half = 1.0 / (num_bins - 1)
+    log_scale = log_scale.clamp(min=-7.0)
+    centered = x - mean
+    inv_std = torch.exp(-log_scale)
+    plus_in, min_in = inv_std * (centered + half), inv_std * (centered - half)
+    delta = torch.sigmoid(plus_in) - torch.sigmoid(min_in)
+    softplus = torch.nn.functional.softplus
+    mid_in = inv_std * centered
+    log_pdf_mid = mid_in - log_scale - 2.0 * softplus(mid_in) + math.log(2.0 * half)
+    inner = torch.where(delta > 1e-5, torch.log(delta.clamp(min=1e-12)), log_pdf_mid)
+    upper = torch.where(x > 0.999, -softplus(min_in), inner)
+    return torch.where(x < -0.999, plus_in - softplus(plus_in), upper)
+
+
+def _eager_discretized_logistic_log_prob(
+    x: Tensor, mu: Tensor, log_scale: Tensor, num_bins: int = 256
+) -> Tensor:
+    return _pixelcnn_bins(x, mu, log_scale, num_bins).sum(-1)
+
+
+def _eager_discretized_logistic_mixture_log_prob(
+    x: Tensor, logits: Tensor, mu: Tensor, log_scale: Tensor, coeffs: Tensor
+) -> Tensor:
+    coeffs = torch.tanh(coeffs)
+    x = x.unsqueeze(-1).expand_as(mu)
+    green = mu[..., 1, :] + coeffs[..., 0, :] * x[..., 0, :]
+    blue = mu[..., 2, :] + coeffs[..., 1, :] * x[..., 0, :] + coeffs[..., 2, :] * x[..., 1, :]
+    means = torch.stack([mu[..., 0, :], green, blue], -2)
+    log_probs = _pixelcnn_bins(x, means, log_scale).sum(-2)
+    return torch.logsumexp(log_probs + torch.log_softmax(logits, -1), -1)
+
+
 # --- and with torch.distributions -----------------------------------------------------------------
 
 _d = torch.distributions
@@ -353,6 +397,26 @@ _OF_PAIRS: dict[torch.dtype, float] = {
     torch.bfloat16: 2**-8,
     torch.float16: 2**-11,
 }
+
+# A component's weight likewise, of log-probabilities of tens of nats.
+_OF_PIXELS = {**_OF_PAIRS, torch.float32: 1e-5}
+
+
+def _pixel_inputs(coeffs: bool = True) -> tuple[Input, ...]:
+    """At sizes [..., C, K]."""
+    return (
+        Input("x", bins(256), data=True, shape=lambda s: s[:-1]),
+        Input("logits", shape=lambda s: (*s[:-2], s[-1])),
+        Input("mu"),
+        Input("log_scale", log_scale),
+        Input("coeffs", shape=lambda s: (*s[:-2], s[-2] * (s[-2] - 1) // 2, s[-1])),
+    )[: 5 if coeffs else 4]
+
+
+def _pixel_elements(sizes: Shape, channels: int) -> int:
+    """Of all inputs: a logit, and of each channel mu, log_scale and (C - 1) / 2 coefficients."""
+    return math.prod(sizes[:-2]) * (sizes[-1] * (1 + 3 * channels) + channels)
+
 
 BASIC: tuple[Case, ...] = (
     Case(
@@ -472,6 +536,45 @@ BASIC: tuple[Case, ...] = (
         bytes_forward=3,
         bytes_full=8,
         settings=("log_scale",),
+    ),
+    Case(
+        op="discretized_logistic_log_prob",
+        inputs=(Input("x", bins(256), data=True), Input("mu"), Input("log_scale", log_scale)),
+        outputs=("row",),
+        eager=_eager_discretized_logistic_log_prob,
+        distributions=None,
+        bench=((128, 3072), (4096, 784)),
+        bytes_forward=3,
+        bytes_full=8,
+        settings=(256,),
+    ),
+    Case(
+        op="discretized_logistic_log_prob",
+        variant="5-bit",
+        inputs=(Input("x", bins(32), data=True), Input("mu"), Input("log_scale", log_scale)),
+        outputs=("row",),
+        eager=lambda *xs: _eager_discretized_logistic_log_prob(*xs, num_bins=32),
+        distributions=None,
+        bench=(),
+        bytes_forward=3,
+        bytes_full=8,
+        settings=(32,),
+        options={"num_bins": 32},
+    ),
+    Case(
+        op="discretized_logistic_mixture_log_prob",
+        inputs=_pixel_inputs(),
+        outputs=("row",),
+        eager=_eager_discretized_logistic_mixture_log_prob,
+        distributions=None,
+        bench=((32, 32, 32, 3, 10),),  # batch, height, width, channels, components
+        bytes_forward=lambda s: _pixel_elements(s, 3),
+        bytes_full=lambda s: 3 * _pixel_elements(s, 3),  # read twice, and written
+        settings=(256,),
+        sizes=lambda shape: (*shape[:-1], 3, shape[-1]),
+        no_broadcast=OWN_SHAPES,
+        copies=OWN_SHAPES,  # and one row of them does not expand to a [rows, columns]
+        rtol=_OF_PIXELS,
     ),
     Case(
         op="poisson_log_prob",

@@ -116,7 +116,7 @@ class Case:
                 self.only_block,
                 self.virtual_bytes,
                 *np.array(self.key, np.uint64).astype(np.int64).tolist(),
-                FREE_BITS,
+                spec.parameter,
             )
         ]
         for tensor, offset in zip(self.inputs, self.offsets, strict=False):
@@ -229,6 +229,7 @@ class Formula:
     noise: bool = False
     reduces: bool = False  # the term is the row's value already, not what adds up to it
     low: float = -2.0  # inputs are drawn from here to 2
+    parameter: float = 0.0
 
 
 def bernoulli_log_prob(x, a):
@@ -240,6 +241,14 @@ def continuous_bernoulli_log_prob(x, a):
     nodes, weights = np.polynomial.legendre.leggauss(60)
     integral = sum(w / 2 * torch.exp((u + 1) / 2 * a) for u, w in zip(nodes, weights, strict=True))
     return x * a - torch.log(integral)
+
+
+def logistic_bin(x, mean, s, half=1 / 255):
+    """log of the mass of x's bin, by hyperbolic functions: at these scales they are in range."""
+    u, h = (x - mean) / s.exp(), half / s.exp()
+    inner = torch.log(torch.sinh(h) / (torch.cosh(u) + torch.cosh(h)))
+    outer = torch.where(x > 0, u - h, -u - h)
+    return torch.where(x.abs() > 1 - half, -torch.log1p(torch.exp(outer)), inner)
 
 
 def poisson_log_prob(x, r):
@@ -258,7 +267,7 @@ def zero_inflated_negative_binomial_log_prob(x, m, t, a):
     return torch.where(x == 0, zero, log_sigmoid(-a) + counts)
 
 
-def row_sum(name, term, inputs, low=-2.0):
+def row_sum(name, term, inputs, low=-2.0, parameter=0.0):
     """Forward and backward of a RowSum, from its term: autograd knows the gradient."""
 
     def backward(*arguments):
@@ -268,8 +277,12 @@ def row_sum(name, term, inputs, low=-2.0):
         return [grad * slope for slope in slopes], None
 
     return {
-        f"{name}.Forward": Formula(lambda *xs: ([], term(*xs)), inputs, row_sum=True, low=low),
-        f"{name}.Backward": Formula(backward, inputs, outputs=inputs, row_input=True, low=low),
+        f"{name}.Forward": Formula(
+            lambda *xs: ([], term(*xs)), inputs, row_sum=True, low=low, parameter=parameter
+        ),
+        f"{name}.Backward": Formula(
+            backward, inputs, outputs=inputs, row_input=True, low=low, parameter=parameter
+        ),
     }
 
 
@@ -323,28 +336,29 @@ def with_scale(name):
     }
     if name != "LogVar":
         formulas |= row_sum(f"LaplaceLogProb<{name}>", laplace_log_prob, 3, low=low)
-    for suffix, standard, prior in (
-        ("", standard_kl, prior_kl),
-        (", true", free(standard_kl), free(prior_kl)),
+    for suffix, parameter, standard, prior in (
+        ("", 0.0, standard_kl, prior_kl),
+        (", true", FREE_BITS, free(standard_kl), free(prior_kl)),
     ):
+        options = {"low": low, "parameter": parameter}
 
         def backward(z, m, s, g, e, kl=standard):
             d_m, d_s = slopes(kl, m, s)
             return [z + g * d_m, sample_backward(z, s, e)[0][0] + g * d_s], None
 
         both = f"ReparameterizeKl<{name}{suffix}>"
-        formulas |= row_sum(f"StandardGaussianKl<{name}{suffix}>", standard, 2, low=low)
-        formulas |= row_sum(f"GaussianKl<{name}{suffix}>", prior, 4, low=low)
+        formulas |= row_sum(f"StandardGaussianKl<{name}{suffix}>", standard, 2, **options)
+        formulas |= row_sum(f"GaussianKl<{name}{suffix}>", prior, 4, **options)
         formulas[f"{both}.Forward"] = Formula(
             lambda m, s, e, kl=standard: ([sample(m, s, e)], kl(m, s)),
             2,
             outputs=1,
             row_sum=True,
             noise=True,
-            low=low,
+            **options,
         )
         formulas[f"{both}.Backward"] = Formula(
-            backward, 3, outputs=2, row_input=True, noise=True, low=low
+            backward, 3, outputs=2, row_input=True, noise=True, **options
         )
     return formulas
 
@@ -353,6 +367,7 @@ FORMULAS = {
     **{formula: spec for name in SIGMA for formula, spec in with_scale(name).items()},
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
+    **row_sum("DiscretizedLogistic", logistic_bin, 3, parameter=255.0),
     **row_sum("PoissonLogProb", poisson_log_prob, 2, low=0.1),
     **row_sum("NegativeBinomialLogProb", negative_binomial_log_prob, 3, low=0.1),
     **row_sum(
@@ -801,6 +816,154 @@ def test_triangles(
             want = want.reshape(-1, triangles, dims, dims).sum(0)
             error = (grad.double() - want).abs()
             assert (error <= max(TOLERANCE[dtype], tolerance) * (1 + want.abs()) * rows).all()
+
+
+# ---- pixels -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Pixels:
+    """A mixture of discretised logistics at pixels of four dimensions, forward and backward."""
+
+    sizes: tuple[int, int, int, int]
+    channels: int
+    components: int
+    dtype: torch.dtype
+    layout: str = "last"
+    coeffs: bool = True
+    wanted: int = 31
+    highest_first: bool = False
+    most_blocks: int = 2**31 - 1
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(math.prod(self.sizes) + 100 * self.channels + self.components)
+        self.ends = [
+            (self.channels, 1),
+            (1, self.components),
+            (self.channels, self.components),
+            (self.channels, self.components),
+            (self.channels * (self.channels - 1) // 2, self.components),
+        ]
+        draws = [torch.from_numpy(rng.uniform(-1.5, 1.5, self.sizes + end)) for end in self.ends]
+        draws[0] = ((draws[0] + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+        self.inputs = [self.laid_out(x.to(self.dtype)) for x in draws[: 5 if self.coeffs else 4]]
+        self.row_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        grad = torch.from_numpy(rng.uniform(-1, 1, math.prod(self.sizes)))
+        self.grad = grad.to(self.row_dtype)
+
+    def laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        if self.layout == "first":
+            return x.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
+        if self.layout == "sliced":
+            wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), torch.nan, dtype=x.dtype)
+            return wide[..., 2 : 2 + x.shape[-1]].copy_(x)
+        if self.layout == "strided":
+            wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype)
+            return wide[..., ::2].copy_(x)
+        return x
+
+    def reference(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        inputs = [x.to(torch.float64, copy=True).requires_grad_() for x in self.inputs]
+        x, logits, mu, log_scale = inputs[:4]
+        score = logits[..., 0, :].log_softmax(-1)
+        for c in range(self.channels):
+            mean = mu[..., c, :]
+            for j in range(c if self.coeffs else 0):
+                mean = mean + inputs[4][..., c * (c - 1) // 2 + j, :].tanh() * x[..., j, :]
+            score = score + logistic_bin(x[..., c, :], mean, log_scale[..., c, :])
+        log_prob = score.logsumexp(-1)
+        grad = self.grad.double().reshape(self.sizes)
+        return log_prob.detach(), list(torch.autograd.grad(log_prob, inputs, grad))
+
+    def results(self, program: Path) -> list[torch.Tensor]:
+        def operand(x: torch.Tensor | None) -> bytes:
+            if x is None:
+                return struct.pack("<7q", *[0] * 7)
+            strides = x.stride()
+            pixel = reversed(strides[:4])
+            return struct.pack("<7q", len(reachable_bytes(x)), *pixel, *strides[4:])
+
+        def send(backward: bool, *tail: bytes) -> memoryview:
+            schedule = (0, 0, int(self.highest_first), self.most_blocks, -1, 0, 0, 0)
+            shape = (0, self.channels, self.components, 0, int(backward), 0, 0, 0)
+            message = struct.pack(
+                "<64s17qd", b"pixels", DTYPES.index(self.dtype), *shape, *schedule, 255.0
+            )
+            message += struct.pack("<4q", *reversed(self.sizes))
+            for x in [*self.inputs, *[None] * (5 - len(self.inputs))]:
+                message += operand(x) + (b"" if x is None else reachable_bytes(x))
+            done = subprocess.run([program], input=message + b"".join(tail), capture_output=True)
+            if done.returncode != 0:
+                raise AssertionError(done.stderr.decode()[:4000])
+            return memoryview(bytearray(done.stdout))
+
+        pixels = math.prod(self.sizes)
+        kept_and_value = torch.frombuffer(send(False), dtype=self.row_dtype)
+        kept, value = kept_and_value.split([2 * pixels, pixels])
+        wanted = [
+            torch.empty_like(x) if self.wanted >> i & 1 else None for i, x in enumerate(self.inputs)
+        ]
+        rows = [x.numpy().tobytes() for x in (kept, self.grad)]
+        answer = send(True, *rows, *map(operand, [*wanted, *[None] * (5 - len(wanted))]))
+        results, at = [value.reshape(self.sizes)], 0
+        for x in wanted:
+            if x is None:
+                continue
+            size = len(reachable_bytes(x))
+            flat = torch.frombuffer(answer[at : at + size], dtype=self.dtype)
+            results.append(flat.as_strided(x.shape, x.stride()))
+            at += size
+        assert at == len(answer)
+        return results
+
+
+PIXELS = (
+    *(((1, 1, 1, 1), 1, 1, "last"), ((2, 1, 3, 5), 3, 10, "last"), ((1, 1, 1, 300), 3, 3, "last")),
+    *(
+        ((2, 1, 5, 7), 3, 10, "first"),
+        ((1, 2, 3, 2), 4, 9, "sliced"),
+        ((3, 1, 2, 2), 20, 2, "last"),
+    ),
+    *(((2, 3, 2, 2), 3, 17, "strided"), ((1, 1, 4, 40), 1, 5, "first")),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", PIXELS, ids=str)
+@pytest.mark.parametrize("coeffs", [True, False])
+def test_pixels(program: Path, case, coeffs: bool, dtype: torch.dtype) -> None:
+    sizes, channels, components, layout = case
+    pixels = Pixels(sizes, channels, components, dtype, layout, coeffs and channels > 1)
+    value, grads = pixels.reference()
+    results = pixels.results(program)
+    scale = max(1.0, value.abs().max().item())  # a weight takes its exponential
+    tolerance = scale * (1e-14 if dtype == torch.float64 else 1e-6)
+    assert ((results[0].double() - value).abs() <= tolerance).all()
+    rounding = TOLERANCE[dtype] if dtype in (torch.bfloat16, torch.float16) else 0.0
+    for got, want in zip(results[1:], grads, strict=True):
+        error = (got.double() - want).abs()
+        bound = tolerance * max(1.0, want.abs().max().item()) + rounding * (1 + want.abs())
+        assert (error <= bound).all(), (error.max(), want.abs().max())
+
+
+def test_schedule_of_pixels_does_not_matter(program: Path) -> None:
+    results = []
+    for highest_first in (False, True):
+        for most_blocks in (1, 3, 2**31 - 1):
+            pixels = Pixels((2, 1, 9, 11), 3, 10, torch.float32)
+            pixels.highest_first, pixels.most_blocks = highest_first, most_blocks
+            results.append(pixels.results(program))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2, 4, 8, 16])
+def test_gradients_of_pixels_that_are_wanted(program: Path, wanted: int) -> None:
+    case = ((1, 1, 3, 5), 3, 10, torch.float32)
+    _, *full = Pixels(*case).results(program)
+    _, *some = Pixels(*case, wanted=wanted).results(program)
+    expected = [x for i, x in enumerate(full) if wanted >> i & 1]
+    assert all(torch.equal(a, b) for a, b in zip(some, expected, strict=True))
 
 
 # ---- tests of the tests -----------------------------------------------------------------------

@@ -14,6 +14,7 @@ import fastvae
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER = {"x86-64-v4": "zmm", "x86-64-v3": "ymm"}
 REALS = ("float", "double")
+PIXELS = ("add_channel", "lean")
 LOOPS = [
     *(f"{loop}<{real}>" for loop in ("box_muller", "sum") for real in REALS),
     "gather<fastvae::BFloat16, float>",
@@ -27,6 +28,12 @@ LOOPS = [
     "absorb<float>",
     "absorb_marginals<float>",
     "add_weights<float>",
+    *(f"{loop}<{real}, {grad}>" for loop in PIXELS for real in REALS for grad in ("true", "false")),
+    *(
+        f"{loop}<{real}>"
+        for loop in ("begin_terms", "fold", "add_terms", "normalise", "weigh_terms", "weigh_slopes")
+        for real in REALS
+    ),
     *(f"weigh<float, (fastvae::Owner){owner}>" for owner in (0, 1)),
     *(
         f"score_pairs<float, (fastvae::Owner){owner}, {marginals}>"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from . import bound, counts, covariance, gaussian, likelihood, mixture
+from . import bound, counts, covariance, gaussian, likelihood, logistic, mixture
 from .bound import *  # noqa: F403
 from .counts import *  # noqa: F403
 from .covariance import *  # noqa: F403
 from .gaussian import *  # noqa: F403
 from .likelihood import *  # noqa: F403
+from .logistic import *  # noqa: F403
 from .mixture import *  # noqa: F403
 
 __all__: list[str] = ["register"]
@@ -23,6 +24,7 @@ __all__ += counts.__all__
 __all__ += covariance.__all__
 __all__ += gaussian.__all__
 __all__ += likelihood.__all__
+__all__ += logistic.__all__
 __all__ += mixture.__all__
 
 

@@ -6,22 +6,25 @@
 // answer is each output that was wanted (of a virtual one, the end), then the row sums.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "channels.h"
 #include "covariance.h"
 #include "pairing.h"
 #include "philox.h"
 #include "sweep.h"
 
 namespace fastvae::cuda {
-// mixture.cu and covariance.cu, which a program of fewer sources lacks.
+// mixture.cu, covariance.cu and logistic.cu, which a program of fewer sources lacks.
 __attribute__((weak)) const char* sweep_pairs(const Pairing& p, bool backward, void* stream);
 __attribute__((weak)) const char* sweep_triangles(const TriangleSweep& s, bool backward,
                                                   void* stream);
+__attribute__((weak)) const char* sweep_pixels(const PixelMixture& p, void* stream);
 }  // namespace fastvae::cuda
 
 extern "C" const char* __asan_default_options() {
@@ -253,6 +256,67 @@ void run_triangles(const Header& h) {
   }
 }
 
+// Name "pixels": channels and components come as inner and columns, the number of bins less one as
+// the parameter; sizes follow. Then x, logits, mu, log_scale and coeffs, each an OperandHeader and
+// its data; backward has the kept, the gradients, and an OperandHeader for the gradient of each.
+// The answer is log_prob and kept; or the gradients. An operand of no bytes is not there.
+struct OperandHeader {
+  int64_t bytes;
+  int64_t pixel[kMaxGroups], channel, component;
+};
+
+void run_pixels(const Header& h) {
+  PixelMixture p;
+  p.dtype = static_cast<DType>(h.dtype);
+  p.channels = h.inner, p.components = h.columns;
+  p.levels = h.parameter;
+  const bool backward = h.row_inputs != 0;
+  receive(p.sizes, sizeof p.sizes);
+  const int64_t row_item = h.dtype == 1 ? 8 : 4;
+
+  std::vector<Buffer> buffers;
+  std::vector<std::pair<const char*, int64_t>> answer;
+  const auto operand = [&](PixelOperand& x, bool input) {
+    OperandHeader header;
+    receive(&header, sizeof header);
+    if (header.bytes == 0) return;
+    buffers.push_back(allocate(header.bytes));
+    x.data = buffers.back().get();
+    std::copy_n(header.pixel, kMaxGroups, x.pixel);
+    x.channel = header.channel, x.component = header.component;
+    if (input) {
+      receive(buffers.back().get(), static_cast<size_t>(header.bytes));
+    } else {
+      answer.push_back({buffers.back().get(), header.bytes});
+    }
+  };
+  for (PixelOperand* x : {&p.x, &p.logits, &p.mu, &p.log_scale, &p.coeffs}) operand(*x, true);
+  const auto rows = [&](int64_t bytes, bool input) -> void* {
+    buffers.push_back(allocate(bytes));
+    input ? receive(buffers.back().get(), static_cast<size_t>(bytes))
+          : answer.push_back({buffers.back().get(), bytes});
+    return buffers.back().get();
+  };
+  p.kept = rows(2 * p.pixels() * row_item, backward);
+  if (backward) {
+    p.grad = rows(p.pixels() * row_item, true);
+    for (PixelOperand* x : {&p.d_x, &p.d_logits, &p.d_mu, &p.d_log_scale, &p.d_coeffs}) {
+      operand(*x, false);
+    }
+  } else {
+    p.log_prob = rows(p.pixels() * row_item, false);
+  }
+
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  if (const char* error = cuda::sweep_pixels(p, nullptr)) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  for (const auto& [data, bytes] : answer) {
+    if (bytes > 0) std::fwrite(data, static_cast<size_t>(bytes), 1, stdout);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -262,6 +326,7 @@ int main() {
     const auto run_one = name == "philox"      ? run_philox
                          : name == "pairs"     ? run_pairs
                          : name == "triangles" ? run_triangles
+                         : name == "pixels"    ? run_pixels
                                                : run_case;
     run_one(header);
   }
