@@ -256,9 +256,9 @@ def test_any_number_of_channels_and_components(channels, components, coeffs, dev
 @pytest.mark.parametrize("coeffs", [True, False])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_gradcheck_of_channels(channels, coeffs, device):
-    inputs = leaves(draw((2,), channels, 3, coeffs=coeffs and channels > 1), device=device)
+    inputs = leaves(draw((2,), channels, 2, coeffs=coeffs and channels > 1), device=device)
     assert torch.autograd.gradcheck(mixture, inputs)
-    assert torch.autograd.gradgradcheck(mixture, inputs)
+    assert torch.autograd.gradgradcheck(mixture, inputs, fast_mode=True)
 
 
 def test_one_component_is_a_row_of_logistics(device):
