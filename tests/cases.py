@@ -564,6 +564,7 @@ BASIC: tuple[Case, ...] = (
         bytes_full=8,
         settings=(32,),
         options={"num_bins": 32},
+        approximate=CLAMPED,
     ),
     Case(
         op="discretized_logistic_mixture_log_prob",
