@@ -168,7 +168,7 @@ def measure_job(job: Job, setting: Setting) -> tuple[list[Record], list[Problem]
 
 
 def jobs(ops: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job]:
-    for case in (c for c in (*CASES, *COMPOSITIONS) if c.op in ops):
+    for case in (c for c in (*CASES, *COMPOSITIONS) if c.op in ops and c.bench):
         for dtype in (getattr(torch, d) for d in dtypes):
             sizes = sorted(case.bench, key=math.prod)
             if quick:

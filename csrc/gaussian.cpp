@@ -15,12 +15,13 @@ auto with_scale(const char* op, string_view parameterization, const F& f) {
   return fastvae::with_scale<LogVar, LogScale, Scale, Softplus>(op, parameterization, f);
 }
 
-// Calls f with the formulas that know free bits, if there are any: f(std::true_type{}).
-template <class F>
-auto with_free_bits(const char* op, double free_bits, const F& f) {
+// The KL is never negative, so that forward always has its maximum with the free bits, 0 of none.
+// Backward would have to know the KL for it: a formula of its own.
+constexpr bool kFreeBits = true;
+
+void check_free_bits(const char* op, double free_bits) {
   TORCH_CHECK_VALUE(free_bits >= 0, "fastvae::", op, ": free_bits must be non-negative, got ",
                     free_bits);
-  return free_bits == 0 ? f(std::false_type{}) : f(std::true_type{});
 }
 
 struct ReparameterizeOp {
@@ -62,13 +63,12 @@ struct ReparameterizeKlOp {
   static std::tuple<Tensor, Tensor> forward(const Tensor& mu, const Tensor& log_var,
                                             const Tensor& key, string_view parameterization,
                                             double free_bits) {
+    check_free_bits(kName, free_bits);
     RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
     op.key(key).parameter(free_bits);
-    return with_scale(kName, parameterization, [&]<class S>(S) {
-      return with_free_bits(kName, free_bits, [&](auto free) -> std::tuple<Tensor, Tensor> {
-        auto result = op.run<typename ReparameterizeKl<S, free>::Forward>();
-        return {result.outputs[0], result.row_sum};
-      });
+    return with_scale(kName, parameterization, [&]<class S>(S) -> std::tuple<Tensor, Tensor> {
+      auto result = op.run<typename ReparameterizeKl<S, kFreeBits>::Forward>();
+      return {result.outputs[0], result.row_sum};
     });
   }
 
@@ -83,25 +83,30 @@ struct ReparameterizeKlOp {
     if (!grad_kl) {
       return ReparameterizeOp::backward(*grad_z, mu, log_var, key, z, parameterization, wanted);
     }
+    check_free_bits(kName, free_bits);
     const auto run = [&]<class F>(RowOp op) -> std::tuple<Tensor, Tensor> {
       op.row_input("grad_kl", *grad_kl).parameter(free_bits);
       auto [d_mu, d_log_var] = op.run<F>(wanted).outputs;
       return {d_mu, d_log_var};
     };
+    const bool free = free_bits > 0;
     return with_scale(kName, parameterization, [&]<class S>(S) {
-      return with_free_bits(kName, free_bits, [&](auto free) {
-        if (!grad_z) {
-          return run.template operator()<typename StandardGaussianKl<S, free>::Backward>(
-              RowOp(kName, {{"mu", mu}, {"log_var", log_var}}));
-        }
-        if (z) {
-          return run.template operator()<typename ReparameterizeKl<S, free>::BackwardFromSample>(
-              RowOp(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}})
-                  .key(key));
-        }
-        return run.template operator()<typename ReparameterizeKl<S, free>::Backward>(
-            RowOp(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}}).key(key));
-      });
+      if (!grad_z) {
+        const RowOp op(kName, {{"mu", mu}, {"log_var", log_var}});
+        using Kl = StandardGaussianKl<S>;
+        using FreeKl = StandardGaussianKl<S, kFreeBits>;
+        return free ? run.template operator()<typename FreeKl::Backward>(op)
+                    : run.template operator()<typename Kl::Backward>(op);
+      }
+      if (z && !free) {
+        RowOp op(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}, {"z", *z}});
+        return run.template operator()<typename ReparameterizeKl<S>::BackwardFromSample>(
+            op.key(key));
+      }
+      RowOp op(kName, {{"grad_z", *grad_z}, {"mu", mu}, {"log_var", log_var}});
+      op.key(key);
+      return free ? run.template operator()<typename ReparameterizeKl<S, kFreeBits>::Backward>(op)
+                  : run.template operator()<typename ReparameterizeKl<S>::Backward>(op);
     });
   }
 };
@@ -112,13 +117,12 @@ struct GaussianKlOp {
   static Tensor forward(const Tensor& mu_q, const Tensor& log_var_q, const optional<Tensor>& mu_p,
                         const optional<Tensor>& log_var_p, string_view parameterization,
                         double free_bits) {
+    check_free_bits(kName, free_bits);
     RowOp op = inputs(mu_q, log_var_q, mu_p, log_var_p);
     op.parameter(free_bits);
     return with_scale(kName, parameterization, [&]<class S>(S) {
-      return with_free_bits(kName, free_bits, [&](auto free) {
-        return mu_p ? op.run<typename GaussianKl<S, free>::Forward>().row_sum
-                    : op.run<typename StandardGaussianKl<S, free>::Forward>().row_sum;
-      });
+      return mu_p ? op.run<typename GaussianKl<S, kFreeBits>::Forward>().row_sum
+                  : op.run<typename StandardGaussianKl<S, kFreeBits>::Forward>().row_sum;
     });
   }
 
@@ -126,21 +130,26 @@ struct GaussianKlOp {
       const Tensor& grad_kl, const Tensor& mu_q, const Tensor& log_var_q,
       const optional<Tensor>& mu_p, const optional<Tensor>& log_var_p, string_view parameterization,
       double free_bits, std::array<bool, 4> wanted) {
+    check_free_bits(kName, free_bits);
     RowOp op = inputs(mu_q, log_var_q, mu_p, log_var_p);
     op.row_input("grad_kl", grad_kl).parameter(free_bits);
+    using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+    const auto standard = [&]<class F>(F) -> Gradients {
+      auto [d_mu, d_log_var] = op.run<F>({wanted[0], wanted[1]}).outputs;
+      return {d_mu, d_log_var, Tensor(), Tensor()};
+    };
+    const auto prior = [&]<class F>(F) -> Gradients {
+      auto [d_mu_q, d_log_var_q, d_mu_p, d_log_var_p] = op.run<F>(wanted).outputs;
+      return {d_mu_q, d_log_var_q, d_mu_p, d_log_var_p};
+    };
+    const bool free = free_bits > 0;
     return with_scale(kName, parameterization, [&]<class S>(S) {
-      return with_free_bits(
-          kName, free_bits, [&](auto free) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
-            if (!mu_p) {
-              auto [d_mu, d_log_var] =
-                  op.run<typename StandardGaussianKl<S, free>::Backward>({wanted[0], wanted[1]})
-                      .outputs;
-              return {d_mu, d_log_var, Tensor(), Tensor()};
-            }
-            auto [d_mu_q, d_log_var_q, d_mu_p, d_log_var_p] =
-                op.run<typename GaussianKl<S, free>::Backward>(wanted).outputs;
-            return {d_mu_q, d_log_var_q, d_mu_p, d_log_var_p};
-          });
+      if (mu_p) {
+        return free ? prior(typename GaussianKl<S, kFreeBits>::Backward())
+                    : prior(typename GaussianKl<S>::Backward());
+      }
+      return free ? standard(typename StandardGaussianKl<S, kFreeBits>::Backward())
+                  : standard(typename StandardGaussianKl<S>::Backward());
     });
   }
 

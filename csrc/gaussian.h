@@ -108,22 +108,18 @@ struct ReparameterizeKl {
     }
   };
 
-  struct BackwardFromSample : Formula<Shape{.inputs = 4,
-                                            .row_inputs = 1,
-                                            .noise = true,
-                                            .outputs = 2,
-                                            .parameters = kFreeBits,
-                                            .cpu_only = true}> {
+  struct BackwardFromSample
+      : Formula<Shape{
+            .inputs = 4, .row_inputs = 1, .noise = true, .outputs = 2, .cpu_only = true}> {
     template <class T>
     static FASTVAE_HD bool needs_noise(T, T mu, T s, T, T) {
       return !S::surely_recovers(mu, s);
     }
-    template <class T, class... Free>
-    static FASTVAE_HD Values<T, 2> eval(T grad_z, T mu, T s, T z, T grad_kl, T eps,
-                                        Free... free_bits) {
+    template <class T>
+    static FASTVAE_HD Values<T, 2> eval(T grad_z, T mu, T s, T z, T grad_kl, T eps) {
       const ScaleTerms<T> e = S::terms(s);
       const T d_z = Reparameterize<S>::d_sigma_eps(mu, s, e.sigma, e.d_sigma, z, eps);
-      return gradient(grad_z, mu, grad_kl, e, d_z, free_bits...);
+      return gradient(grad_z, mu, grad_kl, e, d_z);
     }
   };
 

@@ -312,6 +312,19 @@ FASTVAE_HD T log_normal(T x) {
   return l.n * T(0x1.62e42fefa39efp-1) + log1p_near_one(l.f);
 }
 
+// log(u) for a normal 0 < u <= 1 whose distance from 1 is known better than u itself, f = u - 1
+// wherever u > 1/2: 2 ulp, also where u rounds to 1.
+template <class T>
+FASTVAE_HD T log_unit(T u, T f) {
+  using R = Real<T>;
+  constexpr Bits<T> kRoot = to_bits(T(0x1.6a09e6p-1));
+  constexpr Bits<T> kOne = to_bits(T(1)), kTop = Bits<T>(1) << R::kMantissa;
+  const Bits<T> offset = to_bits(u) + (kOne - kRoot);
+  const T n = from_bits((offset >> R::kMantissa) + to_bits(T(kTop))) - T(kTop + R::kBias);
+  const T reduced = from_bits((offset & (kTop - 1)) + kRoot) - T(1);
+  return n * T(0x1.62e42fefa39efp-1) + log1p_near_one(n == T(0) ? f : reduced);
+}
+
 // log(x) for any x, 2 ulp, also of subnormals; -inf at 0, NaN below.
 template <class T>
 FASTVAE_HD T log(T x) {

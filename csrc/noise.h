@@ -1,4 +1,4 @@
-// Tiles of standard normals for the CPU engine: sixteen Philox counters at a time.
+// Tiles of standard normals and Gumbels for the CPU engine: sixteen Philox counters at a time.
 //
 // The 32x32 -> 64 bit products are the cost, and no compiler vectorises them well: gcc 12 makes
 // 0.9 ns a word of the plain loop on a Zen 4 core, 0.37 with one counter in each 64-bit lane and
@@ -161,17 +161,45 @@ FASTVAE_CLONES void box_muller(const NoiseWords& words, int groups, T* to) {
   }
 }
 
-// Normals of blocks index, index + 1, ...: at least count of them, rounded up to whole groups.
+// Of every word its Gumbel. The words are put in order first: interleaved stores of what is
+// computed cost gcc twice as much as the arithmetic.
 template <class T>
-inline void fill_normal(philox::Key key, uint64_t index, T* to, int64_t count) {
+FASTVAE_CLONES void gumbels(const NoiseWords& words, int groups, T* to) {
+  const int n = groups * kLanes;
+  uint32_t ordered[kNoiseChunk * kNoiseGroup];
+#pragma omp simd
+  for (int l = 0; l < n; ++l) {
+    ordered[4 * l] = words[0][l];
+    ordered[4 * l + 1] = words[1][l];
+    ordered[4 * l + 2] = words[2][l];
+    ordered[4 * l + 3] = words[3][l];
+  }
+#pragma omp simd
+  for (int i = 0; i < 4 * n; ++i) to[i] = philox::gumbel<T>(ordered[i]);
+}
+
+// Draws from blocks index, index + 1, ...: at least count numbers, rounded up to whole groups,
+// which transform(words, groups, to) makes of their words.
+template <class T, class Transform>
+inline void fill_noise(philox::Key key, uint64_t index, T* to, int64_t count,
+                       const Transform& transform) {
   NoiseWords words;
   constexpr int64_t kChunk = kNoiseChunk * kNoiseGroup;
   for (int64_t i = 0; i < count; i += kChunk) {
     const auto groups =
         static_cast<int>((std::min(kChunk, count - i) + kNoiseGroup - 1) / kNoiseGroup);
     philox_words(key, index + static_cast<uint64_t>(i) / 4, groups, words);
-    box_muller(words, groups, to + i);
+    transform(words, groups, to + i);
   }
+}
+
+template <class T>
+inline void fill_normal(philox::Key key, uint64_t index, T* to, int64_t count) {
+  fill_noise(key, index, to, count, box_muller<T>);
+}
+template <class T>
+inline void fill_gumbel(philox::Key key, uint64_t index, T* to, int64_t count) {
+  fill_noise(key, index, to, count, gumbels<T>);
 }
 
 }  // namespace fastvae::cpu

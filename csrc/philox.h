@@ -1,11 +1,12 @@
 // Philox4x32 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011) and
-// the normals made of it. Host and device, torch-free, one counter at a time.
+// the normals and Gumbels made of it. Host and device, torch-free, one counter at a time.
 //
 // The layout of the noise, a contract with every caller (DESIGN section 3):
 //   key     = (seed, offset), offset in blocks of four words;
 //   counter = (offset_lo, offset_hi, 0, 0); element i uses block offset + i / 4, word i % 4;
 //   uniform = x 2^-32 + 2^-33, from all 32 bits, in (0, 1];
-//   normal  = Box-Muller: words (0, 1) give elements (0, 1) as r cos, r sin; (2, 3) likewise.
+//   normal  = Box-Muller: words (0, 1) give elements (0, 1) as r cos, r sin; (2, 3) likewise;
+//   gumbel  = -log(-log u), each of its own word.
 #pragma once
 
 #include "math.h"
@@ -69,6 +70,19 @@ FASTVAE_HD Pair<T> normal_pair(uint32_t x0, uint32_t x1) {
   const T radius = math::sqrt(T(-2) * math::log_normal(uniform<T>(x0)));
   const math::SinCos<T> angle = math::sincos_turn(uniform<T>(x1));
   return {radius * angle.cos, radius * angle.sin};
+}
+
+// u - 1 for u > 1/2, of the exact u: its word, as a signed number, is that of u - 1.
+template <class T>
+FASTVAE_HD T uniform_minus_one(uint32_t x) {
+  return static_cast<T>(static_cast<int32_t>(x)) * T(0x1p-32) + T(0x1p-33);
+}
+
+// The standard Gumbel -log(-log u), of the exact u: none rounds to 1, and the tails of float and
+// double are the same, from -log(33 log 2) = -3.13 to 33 log 2 = 22.87.
+template <class T>
+FASTVAE_HD T gumbel(uint32_t x) {
+  return -math::log_normal(-math::log_unit(uniform<T>(x), uniform_minus_one<T>(x)));
 }
 
 }  // namespace fastvae::philox

@@ -176,9 +176,15 @@ __device__ __forceinline__ double warp_sum(double x, int width) {
   return x;
 }
 
+// A number for each warp of the block, for exchanges between them.
+__device__ inline double* block_memory() {
+  __shared__ double memory[kMaxThreads / kWarp];
+  return memory;
+}
+
 // The sum over the block, in its first warp.
 __device__ inline double block_sum(double x) {
-  __shared__ double partial[kMaxThreads / kWarp];
+  double* const partial = block_memory();
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   x = warp_sum(x, kWarp);

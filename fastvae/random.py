@@ -3,12 +3,12 @@
 A *key* is an int64 tensor ``(seed, offset)``. The noise of element ``i`` (counted over the whole
 output, row-major) is a pure function of the key and ``i``: Philox4x32-10 (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", SC 2011) with counter ``offset + i // 4``, word ``i % 4``,
-turned into normals by Box-Muller. It does not depend on the device, the number of threads, or how
-a batch was split, so a key replays a sample anywhere.
+turned into normals by Box-Muller, or each into a Gumbel. It does not depend on the device, the
+number of threads, or how a batch was split, so a key replays a sample anywhere.
 
-Everything here is plain PyTorch. :func:`words`, :func:`uniform` and :func:`normal` are the
-definition that the kernels are tested against, and what runs where the kernels cannot (functorch
-transforms, forward-mode AD, devices without kernels).
+Everything here is plain PyTorch. :func:`words`, :func:`uniform`, :func:`normal` and :func:`gumbel`
+are the definition that the kernels are tested against, and what runs where the kernels cannot
+(functorch transforms, forward-mode AD, devices without kernels).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["fold_in", "from_generator", "key", "normal", "shard", "uniform", "words"]
+__all__ = ["fold_in", "from_generator", "gumbel", "key", "normal", "shard", "uniform", "words"]
 
 _MASK = 0xFFFFFFFF
 _MUL0, _MUL1 = 0xD2511F53, 0xCD9E8D57
@@ -156,3 +156,18 @@ def normal(
     sin_turn = torch.where(odd, cos, sin) * torch.where(turn >= 2, -1.0, 1.0)
     z = torch.stack((radius * cos_turn, radius * sin_turn), dim=-1)
     return _take(z, shape, dtype)
+
+
+def gumbel(
+    key: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    r"""Standard Gumbels ``-log(-log u)``, of the exact ``u``, whatever the dtype.
+
+    In float32 a ``u`` close to 1 would be 1, and its Gumbel infinite; here the largest is
+    ``33 log 2 = 22.87``, the smallest ``-log(33 log 2) = -3.13``.
+
+    >>> fastvae.random.gumbel(fastvae.random.key(0), (2, 3)).shape
+    torch.Size([2, 3])
+    """
+    u = _uniforms(key, shape, torch.float64)
+    return _take(-torch.log(-torch.log(u)), shape, dtype)

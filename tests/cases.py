@@ -56,6 +56,11 @@ def near_one(shape: Shape, g: torch.Generator) -> Tensor:
     return (0.4 * standard_normal(shape, g)).exp()
 
 
+def classes(shape: Shape, g: torch.Generator) -> Tensor:
+    """Of at least three; as floats, so that dtypes and layouts are tested as those of others."""
+    return torch.randint(3, shape, generator=g).double()
+
+
 standard_normal = normal()
 
 
@@ -64,6 +69,7 @@ class Input:
     name: str
     draw: Draw = standard_normal
     data: bool = False  # what a training step needs no gradient for: timed without
+    integral: bool = False  # int64 will do as well
     shape: Callable[[Shape], Shape] = lambda shape: shape  # of this input, in a case of that shape
     has_rows: bool = True  # or all rows share it
 
@@ -100,6 +106,7 @@ class Case:
     sees_batch: str = ""  # a row's outputs depend on the other rows
     mixes: str = ""  # an element of its output depends on the row's other columns
     quadratic: str = ""  # it has D x D inputs, so that D must be moderate
+    straight_through: str = ""  # its gradient is not the derivative of its value
     copies: str = ""  # it copies its inputs, which therefore must fit in memory
     eager_bytes: Callable[[Shape], int] = lambda sizes: 0  # of the largest tensor written by hand
     approximate: str = ""  # why the formula written by hand is timed though it is off
@@ -205,6 +212,53 @@ def _eager_reparameterize_tril_kl(mu: Tensor, scale_tril: Tensor) -> tuple[Tenso
     log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     squares = mu.pow(2).sum(-1) + scale_tril.pow(2).sum((-2, -1))
     return z, 0.5 * (squares - mu.shape[-1]) - log_det
+
+
+TEMPERATURE = 0.7
+
+
+def _eager_gumbel_softmax(logits: Tensor) -> Tensor:
+    return torch.nn.functional.gumbel_softmax(logits, TEMPERATURE)
+
+
+def _eager_gumbel_one_hot(logits: Tensor) -> Tensor:
+    return torch.nn.functional.gumbel_softmax(logits, TEMPERATURE, hard=True)
+
+
+def _distributions_gumbel_softmax(logits: Tensor) -> Tensor:
+    return _d.RelaxedOneHotCategorical(TEMPERATURE, logits=logits, validate_args=False).rsample()
+
+
+# A softmax knows its noise but for what a row shares: take the mean off, and what it varied by.
+def _gumbel_scale(logits: Tensor) -> float:
+    return math.pi / math.sqrt(6) * math.sqrt(1 - 1 / logits.shape[-1])
+
+
+def _gumbels_in(y: Tensor, logits: Tensor) -> Tensor:
+    noise = TEMPERATURE * y.log() - logits
+    return (noise - noise.mean(-1, keepdim=True)) / _gumbel_scale(logits)
+
+
+def _softmax_of(noise: Tensor, logits: Tensor) -> Tensor:
+    return torch.softmax((logits + _gumbel_scale(logits) * noise) / TEMPERATURE, -1)
+
+
+def _eager_categorical_kl(logits_q: Tensor, logits_p: Tensor | None = None) -> Tensor:
+    log_q = torch.log_softmax(logits_q, -1)
+    if logits_p is None:
+        return (log_q.exp() * (log_q + math.log(logits_q.shape[-1]))).sum(-1)
+    return (log_q.exp() * (log_q - torch.log_softmax(logits_p, -1))).sum(-1)
+
+
+def _distributions_categorical_kl(logits_q: Tensor, logits_p: Tensor | None = None) -> Tensor:
+    logits_p = torch.zeros_like(logits_q) if logits_p is None else logits_p
+    q = _d.Categorical(logits=logits_q, validate_args=False)
+    return _d.kl_divergence(q, _d.Categorical(logits=logits_p, validate_args=False))
+
+
+def _eager_categorical_log_prob(x: Tensor, logits: Tensor) -> Tensor:
+    log_p = torch.log_softmax(logits, -1)
+    return log_p.gather(-1, x.long().unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
 def _eager_gaussian_kl(
@@ -383,6 +437,7 @@ def _triangles(shape: Shape, g: torch.Generator) -> Tensor:
 
 DATASET = 1_000_000  # data that the batches of aggregate_posterior are a part of
 OWN_SHAPES = "its inputs have shapes of their own"
+CLASSES = "the classes of a row compete"
 PAIRS = "it meets every row with every component, from packed copies"
 
 
@@ -420,6 +475,10 @@ def _pixel_elements(sizes: Shape, channels: int) -> int:
     """Of all inputs: a logit, and of each channel mu, log_scale and (C - 1) / 2 coefficients."""
     return math.prod(sizes[:-2]) * (sizes[-1] * (1 + 3 * channels) + channels)
 
+
+# Scores of up to ten or so are good to an ulp, 1e-6, and an exponential makes a relative error of
+# it; where one class has nearly all the weight, its gradient is the small difference of two sums.
+_OF_SCORES: dict[torch.dtype, float] = {**_OF_PAIRS, torch.float32: 2e-5}
 
 BASIC: tuple[Case, ...] = (
     Case(
@@ -622,6 +681,81 @@ BASIC: tuple[Case, ...] = (
         bench=((128, 2000),),
         bytes_forward=4,
         bytes_full=11,
+    ),
+    Case(
+        op="gumbel_softmax",
+        inputs=(Input("logits"),),
+        outputs=("element",),
+        eager=_eager_gumbel_softmax,
+        distributions=_distributions_gumbel_softmax,
+        bench=((1024, 10), (128, 20, 20), (4096, 1000)),
+        bytes_forward=2,  # read logits, write y
+        bytes_full=5,  # and read grad and y, write grad_logits
+        sampled=True,
+        settings=(TEMPERATURE, False),
+        options={"temperature": TEMPERATURE},
+        sample_from=_softmax_of,
+        noise_in=_gumbels_in,
+        mixes=CLASSES,
+        rtol=_OF_SCORES,
+    ),
+    Case(
+        op="gumbel_softmax",
+        variant="hard",
+        inputs=(Input("logits"),),
+        outputs=("element",),
+        eager=_eager_gumbel_one_hot,
+        distributions=None,
+        bench=(),
+        bytes_forward=2,
+        bytes_full=5,
+        sampled=True,
+        settings=(TEMPERATURE, True),
+        options={"temperature": TEMPERATURE, "hard": True},
+        mixes=CLASSES,
+        rtol=_OF_SCORES,
+        straight_through="forward the largest score, backward the softmax of the scores",
+    ),
+    Case(
+        op="categorical_kl",
+        inputs=(Input("logits_q"),),
+        outputs=("row",),
+        eager=_eager_categorical_kl,
+        distributions=_distributions_categorical_kl,
+        bench=((1024, 10), (128, 20, 20), (4096, 1000)),
+        bytes_forward=1,
+        bytes_full=3,
+        rtol=_OF_SCORES,
+    ),
+    Case(
+        op="categorical_kl",
+        variant="prior",
+        inputs=(Input("logits_q"), Input("logits_p")),
+        outputs=("row",),
+        eager=_eager_categorical_kl,
+        distributions=_distributions_categorical_kl,
+        bench=((1024, 10), (4096, 1000)),
+        bytes_forward=2,
+        bytes_full=6,
+        rtol=_OF_SCORES,
+    ),
+    Case(
+        op="categorical_log_prob",
+        inputs=(
+            Input("x", classes, data=True, integral=True, shape=lambda s: s[:-1]),
+            Input("logits", normal(3.0)),
+        ),
+        outputs=("row",),
+        eager=_eager_categorical_log_prob,
+        distributions=lambda x, logits: (
+            _d.Categorical(logits=logits, validate_args=False).log_prob(x).sum(-1)
+        ),
+        bench=((128, 784, 4), (128, 20, 256), (16, 32, 5000)),  # rows x variables x classes
+        bytes_forward=1,
+        bytes_full=3,
+        sizes=lambda shape: (*shape, 7),
+        no_broadcast=OWN_SHAPES,
+        copies="it keeps a value for every variable on the way",
     ),
     Case(
         op="log_mean_exp",

@@ -3,8 +3,18 @@
 No logic lives here beyond defaults and the choice of the route (:mod:`.route`).
 """
 
-from . import bound, counts, covariance, gaussian, likelihood, logistic, mixture
+from . import (
+    bound,
+    categorical,
+    counts,
+    covariance,
+    gaussian,
+    likelihood,
+    logistic,
+    mixture,
+)
 from .bound import *  # noqa: F403
+from .categorical import *  # noqa: F403
 from .counts import *  # noqa: F403
 from .covariance import *  # noqa: F403
 from .gaussian import *  # noqa: F403
@@ -14,6 +24,7 @@ from .mixture import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += bound.__all__
+__all__ += categorical.__all__
 __all__ += counts.__all__
 __all__ += covariance.__all__
 __all__ += gaussian.__all__
