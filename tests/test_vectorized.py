@@ -30,6 +30,8 @@ LOOPS = [
     "absorb<float>",
     "absorb_marginals<float>",
     "add_weights<float>",
+    *(f"add_lines<{real}>" for real in REALS),
+    *(f"gradient_lines<{real}, {sets}, true>" for real in REALS for sets in ("true", "false")),
     *(f"{loop}<{real}, {grad}>" for loop in PIXELS for real in REALS for grad in ("true", "false")),
     *(
         f"{loop}<{real}>"
@@ -102,6 +104,7 @@ def test_every_formula_is_vector_code(functions, real, level):
             check(name, body, REGISTER[level])
     headers = " ".join(path.read_text() for path in (ROOT / "csrc").glob("*.cpp"))
     used = set(re.findall(r"(?:run|define_row_sum)<([A-Z]\w+)", headers))
+    used |= set(re.findall(r"typename ([A-Z]\w+)<S\b", headers))  # of every map to a scale
     assert len(used) >= 8
     terms = {re.sub(r"LogProb$", "", name) for name in used}
     missing = [t for t in terms if not any(t in name for name in bodies)]
