@@ -90,9 +90,9 @@ def reparameterize_kl(
     num_samples: int | None = None,
     *,
     parameterization: str = "log_var",
-    free_bits: float = 0.0,
+    free_bits: float = 0,
     groups: int | None = None,
-    beta: float = 1.0,
+    beta: float = 1,
     capacity: float | None = None,
     generator: Generator | None = None,
     key: Tensor | None = None,
@@ -141,7 +141,7 @@ def reparameterize_kl(
     else:
         z, kl = _reparameterize_kl(*_split(name, groups, mu, log_var), key, parameterization)
         z, kl = z.flatten(-2), _sum_of_groups(name, kl, free_bits)
-    if beta != 1.0 or capacity is not None:
+    if beta != 1 or capacity is not None:
         kl = _weighed(name, kl, beta, capacity)
     return z, kl
 
@@ -153,9 +153,9 @@ def gaussian_kl(
     log_var_p: Tensor | None = None,
     *,
     parameterization: str = "log_var",
-    free_bits: float = 0.0,
+    free_bits: float = 0,  # integers, for torch.compile's sake: it takes a float for a variable
     groups: int | None = None,
-    beta: float = 1.0,
+    beta: float = 1,
     capacity: float | None = None,
 ) -> Tensor:
     r"""KL divergence between diagonal Gaussians, summed over the last dimension.
@@ -208,7 +208,7 @@ def gaussian_kl(
     else:
         inputs = _split("gaussian_kl", groups, mu_q, log_var_q, mu_p, log_var_p)
         kl = _sum_of_groups("gaussian_kl", _gaussian_kl(*inputs, parameterization), free_bits)
-    if beta != 1.0 or capacity is not None:
+    if beta != 1 or capacity is not None:
         kl = _weighed("gaussian_kl", kl, beta, capacity)
     return kl  # type: ignore[no-any-return]
 
