@@ -293,6 +293,7 @@ def row_sum(name, term, inputs, low=-2.0, parameter=0.0):
     }
 
 
+COLDNESS = 0.3671  # 1 / temperature
 FREE_BITS = 0.3671  # no KL of half-precision numbers is exactly that
 SIGMA = {
     "LogVar": lambda s: torch.exp(s / 2),
@@ -371,7 +372,7 @@ def with_scale(name):
 
 
 def gumbel_softmax(x, g):
-    return torch.softmax((x + g) * FREE_BITS, -1)  # the parameter: 1 / temperature
+    return torch.softmax((x + g) * COLDNESS, -1)
 
 
 def gumbel_one_hot(x, g):
@@ -382,7 +383,7 @@ def gumbel_one_hot(x, g):
 
 def gumbel_backward(grad, x, g):
     y = gumbel_softmax(x, g)
-    return [y * (grad - (grad * y).sum(-1, keepdim=True)) * FREE_BITS], None
+    return [y * (grad - (grad * y).sum(-1, keepdim=True)) * COLDNESS], None
 
 
 def categorical_kl(q, p=None):
@@ -414,13 +415,17 @@ FORMULAS = {
     "CategoricalLogProb.Forward": Formula(None, 2, row_sum=True, reduces=True),
     "CategoricalLogProb.Backward": Formula(None, 2, outputs=1, row_input=True),
     "GumbelSoftmax.Forward": Formula(
-        lambda x, g: ([gumbel_softmax(x, g)], None), 1, outputs=1, gumbel=True
+        lambda x, g: ([gumbel_softmax(x, g)], None), 1, outputs=1, gumbel=True, parameter=COLDNESS
     ),
     "GumbelOneHot.Forward": Formula(
-        lambda x, g: ([gumbel_one_hot(x, g)], None), 1, outputs=1, gumbel=True
+        lambda x, g: ([gumbel_one_hot(x, g)], None), 1, outputs=1, gumbel=True, parameter=COLDNESS
     ),
-    "GumbelSoftmax.Backward": Formula(gumbel_backward, 2, outputs=1, gumbel=True),
-    "GumbelOneHot.Backward": Formula(gumbel_backward, 2, outputs=1, gumbel=True),
+    "GumbelSoftmax.Backward": Formula(
+        gumbel_backward, 2, outputs=1, gumbel=True, parameter=COLDNESS
+    ),
+    "GumbelOneHot.Backward": Formula(
+        gumbel_backward, 2, outputs=1, gumbel=True, parameter=COLDNESS
+    ),
     **{formula: spec for name in SIGMA for formula, spec in with_scale(name).items()},
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
