@@ -393,7 +393,7 @@ Plan plan_rows(Sweep sweep) {
   constexpr int64_t P = kPack<Stored>;
   constexpr Shape kRows{.inputs = kOperands, .outputs = S.outputs, .row_sums = 1};
   sweep.partial_sums = nullptr;
-  Plan plan = cuda::plan<kRows, Stored>(sweep);
+  Plan plan = cuda::plan<kRows, float, Stored>(sweep);  // any type: few registers are wanted
   const int64_t touched = sweep.columns + (sweep.columns % P == 0 ? 0 : P - 1);
   const int64_t packs = (touched + P - 1) / P;
   if (packs > kWarp) {

@@ -88,9 +88,12 @@ struct StandardGaussianKl {
 // The sample and its KL to the standard prior in one pass.
 template <class S, bool kFreeBits = false>
 struct ReparameterizeKl {
-  struct Forward
-      : Formula<Shape{
-            .inputs = 2, .noise = true, .outputs = 1, .row_sums = 1, .parameters = kFreeBits}> {
+  struct Forward : Formula<Shape{.inputs = 2,
+                                 .noise = true,
+                                 .outputs = 1,
+                                 .row_sums = 1,
+                                 .parameters = kFreeBits,
+                                 .many_registers = S::kManyRegisters}> {
     template <class T, class... Free>
     static FASTVAE_HD Values<T, 2> eval(T mu, T s, T eps, Free... free_bits) {
       const ScaleTerms<T> e = S::terms(s);
@@ -98,9 +101,12 @@ struct ReparameterizeKl {
     }
   };
 
-  struct Backward
-      : Formula<Shape{
-            .inputs = 3, .row_inputs = 1, .noise = true, .outputs = 2, .parameters = kFreeBits}> {
+  struct Backward : Formula<Shape{.inputs = 3,
+                                  .row_inputs = 1,
+                                  .noise = true,
+                                  .outputs = 2,
+                                  .parameters = kFreeBits,
+                                  .many_registers = S::kManyRegisters}> {
     template <class T, class... Free>
     static FASTVAE_HD Values<T, 2> eval(T grad_z, T mu, T s, T grad_kl, T eps, Free... free_bits) {
       const ScaleTerms<T> e = S::terms(s);
@@ -135,7 +141,10 @@ struct ReparameterizeKl {
 //   = ((mu_q - mu_p)^2 / sigma_p^2 + r^2 - 1) / 2 - log r,   r = sigma_q / sigma_p
 template <class S, bool kFreeBits = false>
 struct GaussianKl {
-  struct Forward : Formula<Shape{.inputs = 4, .row_sums = 1, .parameters = kFreeBits}> {
+  struct Forward : Formula<Shape{.inputs = 4,
+                                 .row_sums = 1,
+                                 .parameters = kFreeBits,
+                                 .many_registers = S::kManyRegisters}> {
     template <class T, class... Free>
     static FASTVAE_HD Values<T, 1> eval(T mu_q, T s_q, T mu_p, T s_p, Free... free_bits) {
       const T score = (mu_q - mu_p) * S::inverse_sigma(s_p);
@@ -143,8 +152,11 @@ struct GaussianKl {
     }
   };
 
-  struct Backward
-      : Formula<Shape{.inputs = 4, .row_inputs = 1, .outputs = 4, .parameters = kFreeBits}> {
+  struct Backward : Formula<Shape{.inputs = 4,
+                                  .row_inputs = 1,
+                                  .outputs = 4,
+                                  .parameters = kFreeBits,
+                                  .many_registers = S::kManyRegisters}> {
     template <class T, class... Free>
     static FASTVAE_HD Values<T, 4> eval(T mu_q, T s_q, T mu_p, T s_p, T grad_kl,
                                         Free... free_bits) {

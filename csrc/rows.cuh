@@ -212,11 +212,14 @@ struct Plan {
 // 80 registers, so that enough loads are in flight; one where each thread has six packs or more on
 // their way itself, in or out, or computes in double.
 template <class T, Shape S>
-inline constexpr int kMinBlocks = S.inputs + S.outputs < 6 && sizeof(T) == 4 ? 2 : 1;
+inline constexpr int kMinBlocks =
+    S.inputs + S.outputs < 6 && sizeof(T) == 4 && !S.many_registers ? 2 : 1;
+template <class T, Shape S>
+inline constexpr int kMostThreads = S.many_registers && sizeof(T) == 8 ? 256 : kMaxThreads;
 
 // Grid-stride over units = rows x segments; `team` threads to a unit.
 template <class F, class T, class Stored>
-__global__ void __launch_bounds__(kMaxThreads, (kMinBlocks<T, F::shape>))
+__global__ void __launch_bounds__((kMostThreads<T, F::shape>), (kMinBlocks<T, F::shape>))
     sweep_kernel(const Plan plan) {
   constexpr Shape S = F::shape;
   constexpr int P = kPack<Stored>;
@@ -382,7 +385,7 @@ bool is_packed(const Operand& x, const Sweep& s) {
          (s.outer == 1 || (x.outer_stride - s.inner * s.columns) % kAligned == 0);
 }
 
-template <Shape S, class Stored>
+template <Shape S, class T, class Stored>
 Plan plan(const Sweep& sweep) {
   constexpr int64_t P = kPack<Stored>;
   Plan plan = {.sweep = sweep};
@@ -410,8 +413,8 @@ Plan plan(const Sweep& sweep) {
     while (plan.team < packs && plan.team < kWarp) plan.team *= 2;
     plan.threads = kSmallBlock;
   } else {
-    plan.team = plan.threads =
-        static_cast<int>(std::min<int64_t>(kMaxThreads, (packs + kWarp - 1) / kWarp * kWarp));
+    plan.team = plan.threads = static_cast<int>(
+        std::min<int64_t>(kMostThreads<T, S>, (packs + kWarp - 1) / kWarp * kWarp));
   }
   return plan;
 }
@@ -426,7 +429,7 @@ const char* sweep_rows(const Sweep& sweep, cudaStream_t stream) {
   constexpr Shape S = F::shape;
   if (sweep.rows() == 0 || (sweep.columns == 0 && S.row_sums == 0)) return nullptr;
 
-  const Plan plan = cuda::plan<S, Stored>(sweep);
+  const Plan plan = cuda::plan<S, T, Stored>(sweep);
   const auto blocks_for = [](int64_t units, int64_t units_per_block) {
     return std::min<int64_t>(kMaxBlocks, (units + units_per_block - 1) / units_per_block);
   };

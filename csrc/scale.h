@@ -33,6 +33,7 @@ struct RelativeScale {
 
 struct LogVar {
   static constexpr const char* kName = "log_var";
+  static constexpr bool kManyRegisters = false;
 
   template <class T>
   static FASTVAE_HD T sigma(T s) {
@@ -86,6 +87,7 @@ struct LogVar {
 
 struct LogScale {  // LogVar at 2s
   static constexpr const char* kName = "log_scale";
+  static constexpr bool kManyRegisters = false;
 
   template <class T>
   static FASTVAE_HD T sigma(T s) {
@@ -151,6 +153,7 @@ FASTVAE_HD T relative_rise(T rise, T sigma_p) {
 
 struct Scale {
   static constexpr const char* kName = "scale";
+  static constexpr bool kManyRegisters = false;
 
   template <class T>
   static FASTVAE_HD T sigma(T s) {
@@ -203,6 +206,7 @@ struct Scale {
 
 struct Softplus {
   static constexpr const char* kName = "softplus";
+  static constexpr bool kManyRegisters = true;  // on a GPU, in a KL
 
   template <class T>
   static FASTVAE_HD T sigma(T s) {

@@ -29,13 +29,14 @@
 namespace fastvae {
 
 struct Shape {
-  int inputs = 0;         // tensors read element by element
-  int row_inputs = 0;     // tensors read once a row
-  bool noise = false;     // one standard normal an element, from the sweep's key
-  int outputs = 0;        // tensors written element by element
-  int row_sums = 0;       // 0 or 1
-  int parameters = 0;     // numbers, the same for every element
-  bool cpu_only = false;  // saves arithmetic by memory traffic, which is no bargain on a GPU
+  int inputs = 0;               // tensors read element by element
+  int row_inputs = 0;           // tensors read once a row
+  bool noise = false;           // one standard normal an element, from the sweep's key
+  int outputs = 0;              // tensors written element by element
+  int row_sums = 0;             // 0 or 1
+  int parameters = 0;           // numbers, the same for every element
+  bool many_registers = false;  // on a GPU: fewer threads then share a multiprocessor
+  bool cpu_only = false;        // saves arithmetic by memory traffic, which is no bargain on a GPU
 
   constexpr int arguments() const { return inputs + row_inputs + (noise ? 1 : 0); }  // by element
   constexpr int values() const { return outputs + row_sums; }
