@@ -7,6 +7,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include "binding.h"
 
@@ -16,15 +17,16 @@ namespace {
 using c10::IValue;
 using c10::OperatorHandle;
 using torch::autograd::variable_list;
-using Settings = std::vector<IValue>;  // the arguments of an op that are no tensors
+using Settings = at::ArrayRef<IValue>;  // the arguments of an op that are no tensors
 using Stack = torch::jit::Stack;
+using Inputs = c10::SmallVector<Tensor, 6>;
 
 struct Op {
   std::string name;
   Keeps keeps;
   OperatorHandle forward, backward;
   std::optional<OperatorHandle> forward_keeping;
-  size_t tensors, settings;  // arguments
+  size_t tensors, settings, outputs;  // arguments of forward, and what it returns
   bool backward_takes_kept;
 
   int64_t index;  // in all_ops(): how an autograd node remembers its op
@@ -46,40 +48,55 @@ size_t count_tensors(const OperatorHandle& op) {
   return static_cast<size_t>(std::count_if(arguments.begin(), arguments.end(), is_tensor));
 }
 
-void push(Stack& stack, const Tensor& x) { stack.push_back(x.defined() ? IValue(x) : IValue()); }
-
-// Calls an op with as many tensors as it takes, the missing ones absent.
-variable_list call(const OperatorHandle& op, at::TensorList inputs, size_t tensors,
-                   const Settings& settings) {
-  Stack stack;
-  stack.reserve(tensors + settings.size());
-  for (size_t i = 0; i < tensors; ++i) push(stack, i < inputs.size() ? inputs[i] : Tensor());
-  stack.insert(stack.end(), settings.begin(), settings.end());
-  op.callBoxed(stack);
-  variable_list outputs;
-  outputs.reserve(stack.size());
-  for (IValue& x : stack) outputs.push_back(x.isNone() ? Tensor() : std::move(x).toTensor());
-  return outputs;
-}
-
-variable_list call_forward(const Op& op, at::TensorList inputs, const Settings& settings) {
-  return call(op.forward, inputs, op.tensors, settings);
-}
-
 // The op's twin in plain PyTorch, fastvae.reference.<name>, differentiable in every way torch
 // knows. It serves where a C++ autograd function cannot: under the transforms of torch.func, in
 // forward-mode AD, and for gradients of gradients. Same noise from the same key.
-variable_list call_reference(const Op& op, at::TensorList inputs, const Settings& settings) {
-  const auto twin =
-      c10::Dispatcher::singleton().findSchemaOrThrow(("fastvae_reference::" + op.name).c_str(), "");
-  return call(twin, inputs, op.tensors, settings);
+OperatorHandle twin(const Op& op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("fastvae_reference::" + op.name).c_str(),
+                                                        "");
 }
+
+// ---- arguments on a stack -----------------------------------------------------------------------
+
+void push(Stack& stack, const Tensor& x) { stack.push_back(x.defined() ? IValue(x) : IValue()); }
+
+Tensor tensor_of(const IValue& x) { return x.isNone() ? Tensor() : x.toTensor(); }
+
+// The tensors that an op was given: what is absent at their end is left out.
+Inputs inputs_of(const Op& op, const Stack& stack) {
+  Inputs inputs;
+  const size_t first = stack.size() - op.tensors - op.settings;
+  for (size_t i = 0; i < op.tensors; ++i) inputs.push_back(tensor_of(stack[first + i]));
+  while (!inputs.back().defined()) inputs.pop_back();
+  return inputs;
+}
+
+Settings settings_of(const Op& op, const Stack& stack) {
+  return Settings(stack).slice(stack.size() - op.settings);
+}
+
+variable_list take_outputs(Stack& stack, size_t count) {
+  variable_list outputs;
+  outputs.reserve(count);
+  for (auto x = stack.end() - static_cast<int64_t>(count); x != stack.end(); ++x) {
+    outputs.push_back(x->isNone() ? Tensor() : std::move(*x).toTensor());
+  }
+  torch::jit::drop(stack, count);
+  return outputs;
+}
+
+// ---- gradients
+// ------------------------------------------------------------------------------------
 
 // d outputs / d inputs of the twin, itself differentiable. Undefined where not wanted.
 variable_list reference_backward(const Op& op, const variable_list& grads,
-                                 const variable_list& inputs, const Settings& settings,
+                                 const variable_list& inputs, Settings settings,
                                  const std::vector<bool>& wanted) {
-  const variable_list twins = call_reference(op, inputs, settings);
+  Stack stack;
+  for (size_t i = 0; i < op.tensors; ++i) push(stack, i < inputs.size() ? inputs[i] : Tensor());
+  stack.insert(stack.end(), settings.begin(), settings.end());
+  twin(op).callBoxed(stack);
+  const variable_list twins = take_outputs(stack, stack.size());
   variable_list outputs, output_grads, wanted_inputs, result(inputs.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!grads[i].defined()) continue;
@@ -99,19 +116,21 @@ variable_list reference_backward(const Op& op, const variable_list& grads,
 }
 
 variable_list call_backward(const Op& op, const variable_list& grads, const variable_list& inputs,
-                            const Tensor& kept, const Settings& settings,
+                            const Tensor& kept, Settings settings,
                             const std::vector<bool>& wanted) {
-  variable_list arguments = grads;
-  arguments.insert(arguments.end(), inputs.begin(), inputs.end());
-  arguments.resize(grads.size() + op.tensors);
-  if (op.backward_takes_kept) arguments.push_back(kept);
+  Stack stack;
+  stack.reserve(grads.size() + op.tensors + op.settings + 2);
+  for (const Tensor& grad : grads) push(stack, grad);
+  for (size_t i = 0; i < op.tensors; ++i) push(stack, i < inputs.size() ? inputs[i] : Tensor());
+  if (op.backward_takes_kept) push(stack, kept);
+  stack.insert(stack.end(), settings.begin(), settings.end());
   c10::List<bool> mask;
   for (size_t i = 0; i < op.backward.schema().returns().size(); ++i) {
     mask.push_back(i < wanted.size() && wanted[i]);
   }
-  Settings rest = settings;
-  rest.emplace_back(std::move(mask));
-  variable_list result = call(op.backward, arguments, arguments.size(), rest);
+  stack.emplace_back(std::move(mask));
+  op.backward.callBoxed(stack);
+  variable_list result = take_outputs(stack, stack.size());
   result.resize(inputs.size());
   return result;
 }
@@ -122,43 +141,70 @@ bool keeps(const Op& op, const Tensor& input) {
   return (op.keeps.derivative || op.keeps.sample) && input.device().is_cpu() && single;
 }
 
+// A pointer to a new node: since torch 2.13 autograd counts references in the node itself.
+template <class Pointer, class Node>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::shared_ptr<Node>(new Node, [](Node* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Node>();
+  }
+}
+
+// The node of a call in autograd's graph. Function::apply, which torch offers to make one, keeps
+// the shapes of all inputs and outputs besides, and looks for outputs that are views of inputs:
+// half of what a small call costs. So the node is put together here.
 struct Differentiable : torch::autograd::Function<Differentiable> {
-  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList inputs,
-                               const Settings& settings, const Op* op) {
-    ctx->set_materialize_grads(false);  // an output that was not used has no gradient
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    variable_list saved = inputs.vec(), outputs;
-    if (op->keeps.derivative && keeps(*op, inputs[0])) {
-      outputs = call(*op->forward_keeping, inputs, op->tensors, settings);
-      saved.push_back(std::move(outputs.back()));
-      outputs.pop_back();
-    } else {
-      outputs = call_forward(*op, inputs, settings);
+  using Node = torch::autograd::CppNode<Differentiable>;
+
+  // Of the op's arguments on the stack makes its outputs there.
+  static void apply(const Op& op, const Inputs& inputs, Stack& stack) {
+    const auto node = make_node<decltype(torch::autograd::Edge::function), Node>();
+    node->is_variable_input_.assign(inputs.size(), true);
+    node->set_ctx_grad_fn(node);
+    node->set_next_edges(torch::autograd::collect_next_edges(at::TensorList(inputs)));
+    forward(&node->ctx_, op, inputs, stack);
+    for (const IValue& output : torch::jit::last(stack, op.outputs)) {
+      torch::autograd::set_history(output.toTensor(), node);
     }
-    if (op->keeps.sample && keeps(*op, inputs[0])) remember(ctx, outputs[0]);
-    ctx->saved_data["op"] = op->index;
-    ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
-    if (!settings.empty()) ctx->saved_data["settings"] = c10::ivalue::Tuple::create(settings);
-    ctx->save_for_backward(std::move(saved));
-    return outputs;
+    node->save_variables_to_ctx();
+  }
+
+  static void forward(torch::autograd::AutogradContext* ctx, const Op& op, const Inputs& inputs,
+                      Stack& stack) {
+    ctx->set_materialize_grads(false);  // an output that was not used has no gradient
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const bool is_kept = keeps(op, inputs[0]), is_derivative = is_kept && op.keeps.derivative;
+    std::vector<IValue> saved{op.index, static_cast<int64_t>(inputs.size()), int64_t{0}};
+    const Settings settings = settings_of(op, stack);
+    saved.insert(saved.end(), settings.begin(), settings.end());
+    variable_list tensors(inputs.begin(), inputs.end());
+
+    (is_derivative ? *op.forward_keeping : op.forward).callBoxed(&stack);
+    if (is_derivative) tensors.push_back(torch::jit::pop(stack).toTensor());
+    if (is_kept && op.keeps.sample) {
+      saved[kVersion] = remember(ctx, torch::jit::peek(stack, 0, op.outputs).toTensor());
+    }
+    ctx->saved_data["call"] = c10::ivalue::Tuple::create(std::move(saved));
+    ctx->save_for_backward(std::move(tensors));
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
-    const Op& op = all_ops()[static_cast<size_t>(ctx->saved_data["op"].toInt())];
+    const IValue call = ctx->saved_data["call"];
+    const Settings saved = call.toTupleRef().elements();
+    const Op& op = all_ops()[static_cast<size_t>(saved[kOp].toInt())];
+    const Settings settings = saved.slice(kSettings);
     variable_list inputs = ctx->get_saved_variables();
-    const auto count = static_cast<size_t>(ctx->saved_data["inputs"].toInt());
-    Tensor kept = inputs.size() > count ? inputs.back() : recall(ctx);
+    const auto count = static_cast<size_t>(saved[kInputs].toInt());
+    Tensor kept = inputs.size() > count ? inputs.back() : recall(ctx, saved[kVersion].toInt());
     inputs.resize(count);
-    const auto stored = ctx->saved_data.find("settings");
-    const Settings settings =
-        stored == ctx->saved_data.end() ? Settings() : stored->second.toTupleRef().elements().vec();
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
-      return settled(variable_list(count));
+      return variable_list(count);
     }
     std::vector<bool> wanted(count);
     for (size_t i = 0; i < count; ++i) wanted[i] = ctx->needs_input_grad(i);
     if (at::GradMode::is_enabled()) {
-      return settled(reference_backward(op, grads, inputs, settings, wanted));
+      return reference_backward(op, grads, inputs, settings, wanted);
     }
     at::AutoDispatchBelowADInplaceOrView below_autograd;  // the backward op has no kernel above
     variable_list result = call_backward(op, grads, inputs, kept, settings, wanted);
@@ -172,28 +218,24 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
         result[i] = at::sum_to(result[i], inputs[i].sym_sizes());
       }
     }
-    return settled(std::move(result));
+    return result;
   }
 
  private:
-  // Autograd wants one answer for each argument of forward: none for the settings and the op.
-  static variable_list settled(variable_list grads) {
-    grads.resize(grads.size() + 2);
-    return grads;
-  }
+  enum { kOp, kInputs, kVersion, kSettings };  // what is saved of a call
+
   // A sample that was changed in place since is forgotten, and backward draws its noise again: in
   // eager PyTorch such a change is legal. Not while tracing, where a version says nothing.
-  static void remember(torch::autograd::AutogradContext* ctx, const Tensor& sample) {
-    if (at::isTensorSubclassLike(sample)) return;
+  static int64_t remember(torch::autograd::AutogradContext* ctx, const Tensor& sample) {
+    if (at::isTensorSubclassLike(sample)) return 0;
     ctx->saved_data["sample"] = sample.tensor_data();  // no reference cycle, the same version
-    ctx->saved_data["version"] = static_cast<int64_t>(sample._version());
+    return static_cast<int64_t>(sample._version());
   }
-  static Tensor recall(torch::autograd::AutogradContext* ctx) {
+  static Tensor recall(torch::autograd::AutogradContext* ctx, int64_t version) {
     const auto sample = ctx->saved_data.find("sample");
     if (sample == ctx->saved_data.end()) return Tensor();
     const Tensor& z = sample->second.toTensor();
-    const bool unchanged = z._version() == ctx->saved_data["version"].toInt();
-    return unchanged ? z : Tensor();
+    return z._version() == version ? z : Tensor();
   }
 };
 
@@ -205,65 +247,51 @@ bool is_transformed(const Tensor& x) {
 }
 
 // Under the Autograd key: out of the way at once when no gradient is asked for.
-variable_list call_autograd(const Op& op, at::TensorList inputs, const Settings& settings) {
-  while (!inputs.back().defined()) inputs = inputs.slice(0, inputs.size() - 1);
+void call_autograd(const Op& op, Stack& stack) {
+  const Inputs inputs = inputs_of(op, stack);
   bool requires_grad = false;
   for (const Tensor& input : inputs) {
     if (!input.defined()) continue;
-    if (is_transformed(input)) return call_reference(op, inputs, settings);
+    if (is_transformed(input)) return twin(op).callBoxed(stack);
     requires_grad |= input.requires_grad();
   }
-  if (requires_grad && at::GradMode::is_enabled()) {
-    return Differentiable::apply(inputs, settings, &op);
-  }
+  if (requires_grad && at::GradMode::is_enabled()) return Differentiable::apply(op, inputs, stack);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call_forward(op, inputs, settings);
+  op.forward.callBoxed(stack);
 }
+
+// Under vmap the twin broadcasts; torch's fallback would call the kernel once per example.
+void call_batched(const Op& op, Stack& stack) { twin(op).callBoxed(stack); }
 
 // Under autocast, inputs of several floating types meet in the widest: a float32 x and bfloat16
 // logits score in float32. Types that already agree are left alone; row sums are float32 anyway.
-variable_list promote(c10::DeviceType device, at::TensorList inputs) {
-  at::ScalarType widest = at::autocast::get_lower_precision_fp_from_device_type(device);
-  const Tensor* first = nullptr;
-  bool agree = true;
-  for (const Tensor& input : inputs) {
-    if (!input.defined() || !input.is_floating_point()) continue;
-    widest = c10::promoteTypes(widest, input.scalar_type());
-    if (first == nullptr) first = &input;
-    agree = agree && input.scalar_type() == first->scalar_type();
-  }
-  variable_list result;
-  for (const Tensor& input : inputs) {
-    const bool cast = !agree && input.defined() && input.is_floating_point();
-    result.push_back(cast ? at::autocast::cached_cast(widest, input, device) : input);
-  }
-  return result;
-}
-
-template <c10::DeviceType Device>
-variable_list call_autocast(const Op& op, at::TensorList inputs, const Settings& settings) {
+template <c10::DeviceType kDevice>
+void call_autocast(const Op& op, Stack& stack) {
   constexpr auto kKey =
-      Device == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+      kDevice == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(kKey)};
-  return call_forward(op, promote(Device, inputs), settings);
+  at::ScalarType widest = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
+  const size_t first = stack.size() - op.tensors - op.settings;
+  c10::SmallVector<size_t, 6> floating;
+  for (size_t i = first; i < first + op.tensors; ++i) {
+    if (stack[i].isNone() || !stack[i].toTensor().is_floating_point()) continue;
+    floating.push_back(i);
+    widest = c10::promoteTypes(widest, stack[i].toTensor().scalar_type());
+  }
+  const bool agree = std::all_of(floating.begin(), floating.end(), [&](size_t i) {
+    return stack[i].toTensor().scalar_type() == stack[floating[0]].toTensor().scalar_type();
+  });
+  for (size_t i = agree ? floating.size() : 0; i < floating.size(); ++i) {
+    IValue& x = stack[floating[i]];
+    x = at::autocast::cached_cast(widest, x.toTensor(), kDevice);
+  }
+  op.forward.callBoxed(stack);
 }
 
-// Takes the op's arguments off the stack and puts its outputs there.
-template <variable_list (*kCall)(const Op&, at::TensorList, const Settings&)>
+template <void (*kCall)(const Op&, Stack&)>
 struct Boxed final : c10::OperatorKernel {
   explicit Boxed(const Op& op) : op_(op) {}
-
-  void operator()(const OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
-    const auto first = stack->end() - static_cast<int64_t>(op_.tensors + op_.settings);
-    c10::SmallVector<Tensor, 6> inputs;
-    for (size_t i = 0; i < op_.tensors; ++i) {
-      IValue& x = first[static_cast<int64_t>(i)];
-      inputs.push_back(x.isNone() ? Tensor() : std::move(x).toTensor());
-    }
-    const Settings settings(first + static_cast<int64_t>(op_.tensors), stack->end());
-    stack->erase(first, stack->end());
-    for (Tensor& x : kCall(op_, inputs, settings)) stack->emplace_back(std::move(x));
-  }
+  void operator()(const OperatorHandle&, c10::DispatchKeySet, Stack* stack) { kCall(op_, *stack); }
 
  private:
   const Op& op_;
@@ -281,16 +309,15 @@ void wire(torch::Library& m, const std::string& name, Keeps keeps) {
   const Op& op = all_ops().emplace_back(
       Op{name, keeps, forward, backward,
          keeps.derivative ? std::optional(find("_keeping")) : std::nullopt, tensors,
-         forward.schema().arguments().size() - tensors, count_tensors(backward) > outputs + tensors,
-         static_cast<int64_t>(all_ops().size())});
+         forward.schema().arguments().size() - tensors, outputs,
+         count_tensors(backward) > outputs + tensors, static_cast<int64_t>(all_ops().size())});
 
   const auto add = [&](c10::DispatchKey key, auto kernel) {
     m.impl(name.c_str(),
            torch::dispatch(key, torch::CppFunction::makeFromBoxedFunctor(std::move(kernel))));
   };
   add(c10::DispatchKey::Autograd, std::make_unique<Boxed<call_autograd>>(op));
-  // Under vmap the reference broadcasts; the fallback would call the kernel once per example.
-  add(c10::DispatchKey::FuncTorchBatched, std::make_unique<Boxed<call_reference>>(op));
+  add(c10::DispatchKey::FuncTorchBatched, std::make_unique<Boxed<call_batched>>(op));
   add(c10::DispatchKey::AutocastCPU, std::make_unique<Boxed<call_autocast<c10::kCPU>>>(op));
   add(c10::DispatchKey::AutocastCUDA, std::make_unique<Boxed<call_autocast<c10::kCUDA>>>(op));
 }

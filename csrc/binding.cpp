@@ -1,5 +1,6 @@
 #include "binding.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -100,13 +101,15 @@ RowOp& RowOp::key(const Tensor& key) {
 }
 
 Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options) {
-  Tensor x = at::empty_symint(shape, options);
+  if (!options.device().is_cpu()) return at::empty_symint(shape, options);
+  // Past the dispatcher, which takes as long as a small kernel.
+  Tensor x = at::detail::empty_cpu(C10_AS_INTARRAYREF_SLOW(shape), options.dtype().toScalarType());
 #ifdef MADV_HUGEPAGE
   // malloc maps blocks this large anew for many a call, and faults them in page by page: up to 25
   // ms for 64 MB where the kernel itself takes 15. Huge pages make that 32 faults, and spare the
   // kernel a third of its time where the pages are there but too many for the TLB.
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20, kLarge = uintptr_t{8} << 20;
-  if (x.is_cpu() && x.nbytes() >= kLarge) {
+  if (x.nbytes() >= kLarge) {
     const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr()), end = begin + x.nbytes();
     const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
     madvise(reinterpret_cast<void*>(first), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);

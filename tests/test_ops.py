@@ -410,6 +410,23 @@ def test_compile_inductor(case, device, key):
 
 
 @each_case
+def test_compiled_autograd(case, device, key):
+    """torch.compile of the backward pass, which asks every node what it saved."""
+    skip_if(case.wired_as and f"as {case.wired_as}")
+    inputs = case.draw((4, 9), requires_grad=True, device=device)
+    expected = gradients(case, inputs, key)
+
+    @torch.compile(backend="eager")
+    def step(*xs):
+        weighted(case.call(list(xs), key)).backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        step(*inputs)
+    for x, e in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(x.grad, e)
+
+
+@each_case
 def test_autocast_meets_in_the_widest_type(case, device, key):
     skip_if(case.wired_as and f"as {case.wired_as}")
     wide, narrow = (
