@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kPixelThreads, 1) pixel_forward(const PixelMix
     for (int64_t k = member; k < p.components; k += kTeam) {
       const T relative = pixel.read(p.logits, 0, k) - most;
       const T term = relative + pixel.score(k);
-      const T to = raised_top(top, term);
+      const T to = math::raised_top(top, term);
       sum = sum * math::exp(top - to) + math::exp(term - to);
       top = to;
       weights += math::exp_weight(relative);

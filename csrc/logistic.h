@@ -140,14 +140,6 @@ struct DiscretizedLogistic {
 
 // ---- mixtures ----
 
-// A running sum of exponentials, e^top sum. top is raised only when the terms have left it behind
-// by far, so that mostly nothing is rescaled; a term less than e^-57 of the largest may count as 0.
-template <class T>
-FASTVAE_HD T raised_top(T top, T highest) {
-  const T finite = math::min(math::largest<T>(), highest);
-  return finite > top + T(30) ? finite : top;
-}
-
 // What a pixel's sums come to, of its terms e^(log-weight + log-probability) and of its weights
 // alone, both relative to the largest log-weight; and what backward needs to know of them. A pixel
 // of no probability keeps what makes every weight 0: it has no gradient.

@@ -512,4 +512,12 @@ FASTVAE_HD T digamma_gap_rise(T a, T x) {
   return a < T(8) ? digamma_gap(a + x) - digamma_gap(a) : large;
 }
 
+// A running sum of exponentials, e^top sum. top is raised only when the terms have left it behind
+// by far, so that mostly nothing is rescaled; a term less than e^-57 of the largest may count as 0.
+template <class T>
+FASTVAE_HD T raised_top(T top, T highest) {
+  const T finite = min(largest<T>(), highest);
+  return finite > top + T(30) ? finite : top;
+}
+
 }  // namespace fastvae::math

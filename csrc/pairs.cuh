@@ -97,13 +97,6 @@ __device__ __forceinline__ double log_densities(const PairPlan<T>& plan, int64_t
   return mine;
 }
 
-// As on the CPU: a top that is raised by leaps, so that mostly nothing is rescaled.
-template <class T>
-__device__ __forceinline__ T raised(T top, T value) {
-  const T finite = math::min(math::largest<T>(), value);
-  return finite > top + T(30) ? finite : top;
-}
-
 template <class T>
 __device__ __forceinline__ T finite_or_zero(T x) {
   return x == -math::kInfinity<T> ? T(0) : x;
@@ -122,7 +115,7 @@ __global__ void __launch_bounds__(kSmallBlock, kResident)
     for (int64_t first = 0; first < p.components; first += kWarp) {
       const int count = static_cast<int>(math::min<int64_t>(kWarp, p.components - first));
       const double value = log_densities<Owner::kRows>(plan, row, first, count);
-      const double to = raised(top, value);
+      const double to = math::raised_top(top, value);
       sum =
           sum * math::exp_weight(static_cast<T>(top - to)) + math::exp(static_cast<T>(value - to));
       top = to;
@@ -153,7 +146,7 @@ __global__ void __launch_bounds__(kSmallBlock, kResident)
               PairwiseGaussian::score(at, static_cast<const T*>(p.mu)[i], plan.scale[i]);
           const T log_weight = static_cast<T>(p.weights.of(row, k, p.rows));
           const T value = PairwiseGaussian::log_density(plan.offsets[i] + log_weight, score);
-          const T to = raised(most, value);
+          const T to = math::raised_top(most, value);
           if (to != most) {
             weight *= math::exp_weight(most - to);
             most = to;

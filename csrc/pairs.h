@@ -194,14 +194,6 @@ FASTVAE_CLONES void score_pairs(const T* lanes, const T* others, int64_t padded_
   }
 }
 
-// A running logsumexp: top is raised only when the terms have left it behind by far, so that mostly
-// nothing is rescaled; a term less than e^-57 of the largest may count as 0.
-template <class T>
-FASTVAE_HD T raised(T top, T highest) {
-  const T finite = math::min(math::largest<T>(), highest);
-  return finite > top + T(30) ? finite : top;
-}
-
 template <class T>
 FASTVAE_CLONES void absorb(const Square<T>& high, const Square<T>& low, T* top, T* sum) {
   alignas(64) T highest[kLanes], added[kLanes];
@@ -212,7 +204,7 @@ FASTVAE_CLONES void absorb(const Square<T>& high, const Square<T>& low, T* top, 
   }
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const T to = raised(top[l], highest[l]);
+    const T to = math::raised_top(top[l], highest[l]);
     added[l] = sum[l] * math::exp(top[l] - to);
     top[l] = to;
   }
@@ -254,7 +246,7 @@ FASTVAE_CLONES void absorb_marginals(const T* rows, const T* components,
     }
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const T to = raised(top[l], highest[l]);
+      const T to = math::raised_top(top[l], highest[l]);
       sum[l] *= math::exp_weight(top[l] - to);
       top[l] = to;
     }

@@ -124,7 +124,7 @@ FASTVAE_CLONES void add_terms(const PixelTile<T>& terms, int n, T* top, T* sum) 
   }
 #pragma omp simd
   for (int i = 0; i < kLanes; ++i) {
-    const T to = raised_top(top[i], highest[i]);
+    const T to = math::raised_top(top[i], highest[i]);
     added[i] = sum[i] * math::exp(top[i] - to);
     top[i] = to;
   }
