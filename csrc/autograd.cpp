@@ -135,10 +135,15 @@ variable_list call_backward(const Op& op, const variable_list& grads, const vari
   return result;
 }
 
-bool keeps(const Op& op, const Tensor& input) {
+// Whether training keeps what the op can keep. A derivative only as far as it stays in the cache:
+// beyond, to write and read it takes longer than the exponential that it saves.
+bool keeps(const Op& op, const Inputs& inputs) {
   if (op.keeps.everywhere) return true;
-  const bool single = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble;
-  return (op.keeps.derivative || op.keeps.sample) && input.device().is_cpu() && single;
+  const at::ScalarType type = inputs[0].scalar_type();
+  if (!inputs[0].device().is_cpu() || (type != at::kFloat && type != at::kDouble)) return false;
+  constexpr int64_t kInCache = int64_t{1} << 19;  // elements
+  const bool is_small = inputs.back().sym_numel().maybe_as_int().value_or(0) <= kInCache;
+  return op.keeps.sample || (op.keeps.derivative && is_small);
 }
 
 // A pointer to a new node: since torch 2.13 autograd counts references in the node itself.
@@ -174,7 +179,7 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
                       Stack& stack) {
     ctx->set_materialize_grads(false);  // an output that was not used has no gradient
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const bool is_kept = keeps(op, inputs[0]), is_derivative = is_kept && op.keeps.derivative;
+    const bool is_kept = keeps(op, inputs), is_derivative = is_kept && op.keeps.derivative;
     std::vector<IValue> saved{op.index, static_cast<int64_t>(inputs.size()), int64_t{0}};
     const Settings settings = settings_of(op, stack);
     saved.insert(saved.end(), settings.begin(), settings.end());
