@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "channels.h"
-#include "noise.h"
+#include "transpose.h"
 
 namespace fastvae::cpu {
 
@@ -24,10 +24,6 @@ inline constexpr int kTileRows = 16;  // components
 template <class T>
 struct alignas(64) PixelTile {
   T at[kTileRows][kLanes];  // [component][pixel]
-};
-template <class T>
-struct alignas(64) PixelLanes {
-  T at[kLanes];
 };
 
 // A tile, in a buffer or where it lies.
@@ -187,79 +183,6 @@ FASTVAE_CLONES void add_products(const PixelTile<T>& a, const PixelTile<T>* b, i
   }
 }
 
-// Runs of n components, one of each pixel, to [component][pixel], and back. Where they follow one
-// another, four by four: sixteen numbers by eight shuffles.
-template <class T>
-struct FourOf;
-template <>
-struct FourOf<float> {
-  typedef float type __attribute__((vector_size(16)));
-};
-template <>
-struct FourOf<double> {
-  typedef double type __attribute__((vector_size(32)));
-};
-template <class T>
-using Four = typename FourOf<T>::type;
-
-template <class T>
-FASTVAE_HD void transpose_four(const T* const (&from)[4], T* const (&to)[4]) {
-  Four<T> a[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(&a[i], from[i], sizeof a[i]);
-  const Four<T> low01 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5),
-                high01 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7),
-                low23 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5),
-                high23 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
-  const Four<T> b[] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
-                       __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-                       __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
-                       __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(to[i], &b[i], sizeof b[i]);
-}
-
-template <class T, class Stored>
-FASTVAE_CLONES void transpose_in(const Stored* const* rows, int64_t stride, int n, T* to) {
-  if constexpr (std::is_same_v<T, Stored>) {
-    if (stride == 1 && n >= 4) {
-      for (int i = 0; i < kLanes; i += 4) {
-        for (int k = 0; k < n; k += 4) {
-          const int at = std::min(k, n - 4);  // the last four may have been there before
-          T* column = to + at * kLanes + i;
-          transpose_four<T>({rows[i] + at, rows[i + 1] + at, rows[i + 2] + at, rows[i + 3] + at},
-                            {column, column + kLanes, column + 2 * kLanes, column + 3 * kLanes});
-        }
-      }
-      return;
-    }
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    const Stored* row = rows[i];
-    for (int k = 0; k < n; ++k) to[k * kLanes + i] = load(row[k * stride]);
-  }
-}
-
-template <class T, class Stored>
-FASTVAE_CLONES void transpose_out(const T* from, int pixels, int64_t stride, int n,
-                                  Stored* const* rows) {
-  int i = 0;
-  if constexpr (std::is_same_v<T, Stored>) {
-    for (; stride == 1 && n >= 4 && i + 4 <= pixels; i += 4) {
-      for (int k = 0; k < n; k += 4) {
-        const int at = std::min(k, n - 4);
-        const T* column = from + at * kLanes + i;
-        transpose_four<T>({column, column + kLanes, column + 2 * kLanes, column + 3 * kLanes},
-                          {rows[i] + at, rows[i + 1] + at, rows[i + 2] + at, rows[i + 3] + at});
-      }
-    }
-  }
-  for (; i < pixels; ++i) {
-    Stored* row = rows[i];
-    for (int k = 0; k < n; ++k) store(row[k * stride], from[k * kLanes + i]);
-  }
-}
-
 template <class T, class Stored>
 class PixelSweep {
  public:
@@ -322,7 +245,7 @@ class PixelSweep {
       kept[i] = static_cast<const T*>(p_.kept)[2 * (first + i)];
       kept_weights[i] = static_cast<const T*>(p_.kept)[2 * (first + i) + 1];
     }
-    for (PixelLanes<T>& d : d_x_) d = {};
+    for (Lanes<T>& d : d_x_) d = {};
     for_tiles([&](int64_t k, int n) {
       std::fill_n(unused, kLanes, T(0));
       score<true>(k, n, unused);
@@ -484,7 +407,7 @@ class PixelSweep {
   TileView<T> view_{};  // of the logits
   alignas(64) T most_[kLanes];
   PixelTile<T> logits_, buffers_[2], linear_, ratio_, shift_, result_;
-  std::vector<PixelLanes<T>> x_, d_x_;              // of each channel
+  std::vector<Lanes<T>> x_, d_x_;                   // of each channel
   std::vector<PixelTile<T>> d_mean_, d_log_scale_;  // likewise: their slopes
   std::vector<PixelTile<T>> squashed_, lean_;       // of each pair of channels
 };

@@ -261,6 +261,35 @@ def _eager_categorical_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     return log_p.gather(-1, x.long().unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
+def _eager_planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    dot = (w * u).sum(-1)
+    scale = (torch.nn.functional.softplus(dot) - 1 - dot) / w.square().sum(-1)
+    v = u + scale.unsqueeze(-1) * w
+    log_det = z.new_zeros(z.shape[:-1])
+    for k in range(u.shape[-2]):
+        h = torch.tanh((z * w[..., k, :]).sum(-1) + b[..., k])
+        z = z + v[..., k, :] * h.unsqueeze(-1)
+        log_det = log_det + torch.log((1 + (1 - h * h) * (w * v).sum(-1)[..., k]).abs())
+    return z, log_det
+
+
+def _eager_radial_flow(
+    z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    a = torch.nn.functional.softplus(alpha)
+    b = torch.nn.functional.softplus(beta) - a
+    log_det = z.new_zeros(z.shape[:-1])
+    for k in range(center.shape[-2]):
+        d = z - center[..., k, :]
+        r = d.norm(dim=-1)
+        h = 1 / (a[..., k] + r)
+        bh = b[..., k] * h
+        z = z + bh.unsqueeze(-1) * d
+        log_det = log_det + (z.shape[-1] - 1) * torch.log1p(bh)
+        log_det = log_det + torch.log1p(bh - b[..., k] * r * h * h)
+    return z, log_det
+
+
 def _eager_gaussian_kl(
     mu_q: Tensor, log_var_q: Tensor, mu_p: Tensor | None = None, log_var_p: Tensor | None = None
 ) -> Tensor:
@@ -453,6 +482,14 @@ _OF_PAIRS: dict[torch.dtype, float] = {
     torch.bfloat16: 2**-8,
     torch.float16: 2**-11,
 }
+
+# A step passes on the error of the one before, times as much as it stretches.
+_OF_STEPS: dict[torch.dtype, float] = {**_OF_PAIRS, torch.float32: 1e-5}
+
+
+def _direction(shape: Shape, g: torch.Generator) -> Tensor:
+    return standard_normal(shape, g) / math.sqrt(max(1, shape[-1]))
+
 
 CLAMPED = "PixelCNN++ clamps log_scale, and takes the density at the middle of narrow bins"
 
@@ -831,6 +868,54 @@ def _given_by(
     )
 
 
+def _flow(op: str, eager: Callable[..., Any], own_lines: bool = False) -> Case:
+    """At sizes ``[..., D, K]``, the steps of all rows, or each row's own."""
+
+    def line(s: Shape) -> Shape:
+        return (*(s[:-2] if own_lines else ()), s[-1], s[-2])
+
+    def vector(name: str) -> Input:
+        return Input(name, _direction, shape=line, has_rows=own_lines)
+
+    def number(name: str) -> Input:
+        return Input(name, shape=lambda s: line(s)[:-1], has_rows=own_lines)
+
+    planar = op == "planar_flow"
+    parameters = (
+        (vector("u"), vector("w"), number("b"))
+        if planar
+        else (vector("center"), number("alpha"), number("beta"))
+    )
+
+    def elements(s: Shape) -> int:  # of z, and of the parameters
+        lines = math.prod(line(s)[:-1])
+        return math.prod(s[:-1]) + lines * (2 * s[-2] + 1 if planar else s[-2] + 2)
+
+    return Case(
+        op=op,
+        variant="amortised" if own_lines else "",
+        inputs=(Input("z", shape=lambda s: s[:-1]), *parameters),
+        outputs=("element", "row"),
+        eager=eager,
+        distributions=None,
+        bench=() if own_lines else ((512, 64, 16), (512, 40, 80), (4096, 2, 32)),
+        bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
+        bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
+        sizes=lambda shape: (*shape, 3),
+        no_broadcast=OWN_SHAPES,
+        mixes="a step depends on all columns",
+        copies="rows and lines are made contiguous",
+        rtol=_OF_STEPS,
+    )
+
+
+FLOWS = (
+    _flow("planar_flow", _eager_planar_flow),
+    _flow("planar_flow", _eager_planar_flow, own_lines=True),
+    _flow("radial_flow", _eager_radial_flow),
+    _flow("radial_flow", _eager_radial_flow, own_lines=True),
+)
+
 SCALES: tuple[Case, ...] = (
     _given_by("reparameterize", "log_scale"),
     _given_by("reparameterize", "scale", alone=True),
@@ -855,7 +940,7 @@ SCALES: tuple[Case, ...] = (
     _given_by("laplace_log_prob", "softplus"),
 )
 
-CASES = (*BASIC, *SCALES)
+CASES = (*BASIC, *FLOWS, *SCALES)
 
 
 def _samples(shape: Shape) -> int:

@@ -18,6 +18,7 @@ from . import (
     likelihood,
     logistic,
     mixture,
+    residual_flow,
 )
 from .bound import *  # noqa: F403
 from .categorical import *  # noqa: F403
@@ -27,6 +28,7 @@ from .gaussian import *  # noqa: F403
 from .likelihood import *  # noqa: F403
 from .logistic import *  # noqa: F403
 from .mixture import *  # noqa: F403
+from .residual_flow import *  # noqa: F403
 
 __all__: list[str] = ["register"]
 __all__ += bound.__all__
@@ -37,6 +39,7 @@ __all__ += gaussian.__all__
 __all__ += likelihood.__all__
 __all__ += logistic.__all__
 __all__ += mixture.__all__
+__all__ += residual_flow.__all__
 
 
 def register(ops: list[str]) -> torch.library.Library:
