@@ -913,6 +913,101 @@ def test_triangles(
             assert (error <= max(TOLERANCE[dtype], tolerance) * (1 + want.abs()) * rows).all()
 
 
+# ---- flows ------------------------------------------------------------------------------------
+
+
+def planar_steps(z: torch.Tensor, u: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> list:
+    log_det = torch.zeros_like(z[:, 0])
+    for k in range(u.shape[-2]):
+        dot, square = (u * w).sum(-1)[..., k], (w * w).sum(-1)[..., k]
+        m = torch.log1p(torch.exp(dot)) - 1
+        v = u[..., k, :] + ((m - dot) / square).unsqueeze(-1) * w[..., k, :]
+        a = (w[..., k, :] * z).sum(-1) + b[..., k]
+        z = z + v * torch.tanh(a).unsqueeze(-1)
+        log_det = log_det + torch.log(1 + m / torch.cosh(a).square())
+    return [z, log_det]
+
+
+def radial_steps(z: torch.Tensor, c: torch.Tensor, al: torch.Tensor, be: torch.Tensor) -> list:
+    log_det = torch.zeros_like(z[:, 0])
+    for k in range(c.shape[-2]):
+        a = torch.log1p(torch.exp(al[..., k]))
+        b = torch.log1p(torch.exp(be[..., k])) - a
+        r = (z - c[..., k, :]).norm(dim=-1)
+        z = z + (b / (a + r)).unsqueeze(-1) * (z - c[..., k, :])
+        stretch = 1 + b / (a + r)
+        log_det = log_det + (z.shape[-1] - 1) * stretch.log()
+        log_det = log_det + (stretch - b * r / (a + r).square()).log()
+    return [z, log_det]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("steps", [planar_steps, radial_steps], ids=["planar", "radial"])
+def test_flows(program: Path, steps, shared: bool, dtype: torch.dtype) -> None:
+    name = steps.__name__.removesuffix("_steps") + "_flow"
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # more rows than warps that sum, than columns of a warp, and hardly any
+    for rows, length, dims in ((1, 1, 1), (5, 3, 2), (37, 4, 33), (3, 2, 130), (1030, 2, 3)):
+        if rows > 1000 and not shared:
+            continue
+        g = torch.Generator().manual_seed(dims)
+        lead = () if shared else (rows,)
+        sizes = [(rows, dims), (*lead, length, dims), (*lead, length, dims), (*lead, length)]
+        if name == "radial_flow":
+            sizes[2:] = [(*lead, length)] * 2
+        inputs = [torch.randn(size, generator=g, dtype=torch.float64) for size in sizes]
+        inputs[1:] = [x / dims**0.5 if x.shape[-1] == dims else x for x in inputs[1:]]
+        inputs = [x.to(dtype) for x in inputs]
+        exact = [x.double().requires_grad_() for x in inputs]
+        outputs = steps(*exact)
+        grads = [torch.randn(rows, dims, generator=g).to(dtype)]
+        grads.append(torch.randn(rows, generator=g).to(wide))
+        tolerance = 3e-5 if wide == torch.float32 else 1e-12
+
+        def close(got: list, want: list, label: object, tolerance: float = tolerance) -> None:
+            for x, y in zip(got, want, strict=True):
+                scale = y.abs() + y.square().mean().sqrt()
+                allowed = tolerance + (TOLERANCE[dtype] if x.dtype not in (wide,) else 0)
+                assert ((x.double() - y).abs() <= allowed * (scale + 1e-3)).all(), label
+
+        for first in (False, True):
+            for wanted in (0, 1, 2, 3):
+                given = [x for k, x in enumerate(grads) if wanted >> k & 1]
+                header = struct.pack(
+                    "<64s17qd",
+                    name.encode(),
+                    DTYPES.index(dtype),
+                    *(rows, length, dims, int(shared), int(wanted > 0), 0, 0, wanted, 0, 0),
+                    *(int(first), 1 if first else 2**31 - 1, -1, 0),
+                    *(0, 0),
+                    0.0,
+                )
+                tensors = [x.contiguous().view(torch.uint8).flatten() for x in (*inputs, *given)]
+                data = header + b"".join(x.numpy().tobytes() for x in tensors)
+                done = subprocess.run([program], input=data, capture_output=True)
+                assert done.returncode == 0, done.stderr.decode()[:4000]
+                shapes = [(x.shape, dtype) for x in inputs]
+                if wanted == 0:
+                    shapes = [(grads[0].shape, dtype), (grads[1].shape, wide)]
+                answer, at = bytearray(done.stdout), 0
+                got = []
+                for shape, kind in shapes:
+                    size = math.prod(shape) * kind.itemsize
+                    got.append(torch.frombuffer(answer[at : at + size], dtype=kind).reshape(shape))
+                    at += size
+                assert at == len(answer)
+                label = (rows, length, dims, first, wanted)
+                if wanted == 0:
+                    close(got, [x.detach() for x in outputs], label)
+                    continue
+                of = [x for k, x in enumerate(outputs) if wanted >> k & 1]
+                want = torch.autograd.grad(
+                    of, exact, [x.double() for x in given], retain_graph=True
+                )
+                close(got, list(want), label)
+
+
 # ---- pixels -----------------------------------------------------------------------------------
 
 

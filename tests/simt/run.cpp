@@ -17,14 +17,20 @@
 #include "covariance.h"
 #include "pairing.h"
 #include "philox.h"
+#include "residual_flow.h"
 #include "sweep.h"
 
 namespace fastvae::cuda {
-// mixture.cu, covariance.cu and logistic.cu, which a program of fewer sources lacks.
+// mixture.cu, covariance.cu, logistic.cu and residual_flow.cu, which a program of fewer sources
+// lacks.
 __attribute__((weak)) const char* sweep_pairs(const Pairing& p, bool backward, void* stream);
 __attribute__((weak)) const char* sweep_triangles(const TriangleSweep& s, bool backward,
                                                   void* stream);
 __attribute__((weak)) const char* sweep_pixels(const PixelMixture& p, void* stream);
+template <class F>
+__attribute__((weak)) const char* sweep_flow(const FlowSweep& s, bool backward, void* lent, void*);
+template <class F>
+__attribute__((weak)) int64_t flow_scratch(const FlowSweep& s, bool backward);
 }  // namespace fastvae::cuda
 
 extern "C" const char* __asan_default_options() {
@@ -256,6 +262,56 @@ void run_triangles(const Header& h) {
   }
 }
 
+// Names "planar_flow" and "radial_flow": rows, steps and dims come as outer, inner and columns,
+// whether lines are shared as `inputs`. Then, contiguous: z, the vectors, the numbers of lines, and
+// for backward those there are of grad_z and grad_log_det (wanted, bits 0 and 1). The answer is z
+// and log_det, or the gradients of all.
+template <class F>
+void run_flow(const Header& h) {
+  const bool backward = h.row_inputs != 0;
+  const int64_t item = h.dtype == 0 ? 4 : h.dtype == 1 ? 8 : 2, wide = h.dtype == 1 ? 8 : 4;
+  FlowSweep s;
+  s.dtype = static_cast<DType>(h.dtype);
+  s.rows = h.outer, s.steps = h.inner, s.dims = h.columns, s.shared = h.inputs != 0;
+  std::vector<Buffer> buffers;
+  std::vector<std::pair<const char*, int64_t>> answer;
+  const auto input = [&](int64_t bytes) {
+    buffers.push_back(allocate(bytes));
+    receive(buffers.back().get(), static_cast<size_t>(bytes));
+    return buffers.back().get();
+  };
+  const auto output = [&](int64_t bytes) {
+    buffers.push_back(allocate(bytes));
+    answer.push_back({buffers.back().get(), bytes});
+    return buffers.back().get();
+  };
+  const int64_t z = s.rows * s.dims * item, vector = s.line_count() * s.dims * item;
+  const int64_t number = s.line_count() * item, row = s.rows * wide;
+  s.z = input(z);
+  for (int i = 0; i < F::kVectors; ++i) s.vectors[i] = input(vector);
+  for (int i = 0; i < F::kGiven; ++i) s.given[i] = input(number);
+  if (backward) {
+    if (h.wanted & 1) s.grad_out = input(z);
+    if (h.wanted & 2) s.grad_log_det = input(row);
+    s.d_z = output(z);
+    for (int i = 0; i < F::kVectors; ++i) s.d_vectors[i] = output(vector);
+    for (int i = 0; i < F::kGiven; ++i) s.d_given[i] = output(number);
+  } else {
+    s.out = output(z);
+    s.log_det = output(row);
+  }
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  const Buffer lent = allocate(cuda::flow_scratch<F>(s, backward));
+  const char* error = cuda::sweep_flow<F>(s, backward, lent.get(), nullptr);
+  if (error != nullptr) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  for (const auto& [data, bytes] : answer) {
+    if (bytes > 0) std::fwrite(data, static_cast<size_t>(bytes), 1, stdout);
+  }
+}
+
 // Name "pixels": channels and components come as inner and columns, the number of bins less one as
 // the parameter; sizes follow. Then x, logits, mu, log_scale and coeffs, each an OperandHeader and
 // its data; backward has the kept, the gradients, and an OperandHeader for the gradient of each.
@@ -323,11 +379,13 @@ int main() {
   Header header;
   while (std::fread(&header, sizeof header, 1, stdin) == 1) {
     const std::string name = header.name;
-    const auto run_one = name == "philox"      ? run_philox
-                         : name == "pairs"     ? run_pairs
-                         : name == "triangles" ? run_triangles
-                         : name == "pixels"    ? run_pixels
-                                               : run_case;
+    const auto run_one = name == "philox"        ? run_philox
+                         : name == "pairs"       ? run_pairs
+                         : name == "triangles"   ? run_triangles
+                         : name == "pixels"      ? run_pixels
+                         : name == "planar_flow" ? run_flow<Planar>
+                         : name == "radial_flow" ? run_flow<Radial>
+                                                 : run_case;
     run_one(header);
   }
 }

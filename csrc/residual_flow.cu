@@ -1,0 +1,349 @@
+// Residual flows on CUDA (residual_flow.h): a warp to a row, whose lanes share the columns.
+//
+// Lines are constrained first, into a table in lent memory, a warp to a line. A warp then walks all
+// K steps of its row: in one pass over the columns it moves the row and measures it for the next
+// step. Each lane reads no columns but those it wrote, so the row may lie in lent memory, which the
+// caches hold, whatever its length. Backward walks forward again and keeps the states of the rows
+// under way, [warps][K][D].
+//
+// The gradients of shared lines are summed over the rows of each warp, of which there are at most
+// kSumWarps, in that order, then over the warps: results are reproducible to the bit.
+#include "residual_flow.h"
+
+#include "rows.cuh"
+
+namespace fastvae::cuda {
+
+inline constexpr int kFlowBlock = 128, kFlowBlocks = 4;  // at once on a multiprocessor
+inline constexpr int64_t kSumWarps = 512, kRowWarps = 8192;
+
+// What is lent, in order.
+template <class F, class T>
+struct FlowPlan {
+  FlowSweep s;
+  int64_t stride, lines, warps, parts;  // a line in the table; how many; warps; parts of a sum
+  T *table, *states, *measured, *grads, *d_table;
+  int64_t numbers;  // T
+
+  FlowPlan(const FlowSweep& sweep, bool backward, void* lent)
+      : s(sweep),
+        stride(F::kVectors * s.dims + 2),
+        lines(s.line_count()),
+        warps(std::min(s.rows, backward && s.shared ? kSumWarps : kRowWarps)),
+        parts(s.shared ? warps : 1) {
+    T* at = static_cast<T*>(lent);
+    const auto lend = [&](int64_t n) {
+      T* const here = at;
+      numbers += n;
+      if (lent != nullptr) at += n;
+      return here;
+    };
+    numbers = 0;
+    table = lend(lines * stride);
+    states = lend(warps * s.dims * (backward ? s.steps : 1));
+    measured = lend(backward ? warps * s.steps : 0);
+    grads = lend(backward ? warps * s.dims : 0);
+    d_table = lend(backward ? (s.shared ? warps * s.steps : lines) * stride : 0);
+  }
+};
+
+__device__ __forceinline__ int64_t warp_of_grid() {
+  return (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
+}
+__device__ __forceinline__ int64_t warps_of_grid() {
+  return gridDim.x * static_cast<int64_t>(blockDim.x) / kWarp;
+}
+__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+// A line as it was given.
+template <class F, class T, class Stored>
+struct GivenLine {
+  const FlowSweep& s;
+  int64_t n;
+
+  __device__ __forceinline__ void vectors(int64_t c, T (&v)[F::kVectors]) const {
+#pragma unroll
+    for (int i = 0; i < F::kVectors; ++i) {
+      v[i] = load(static_cast<const Stored*>(s.vectors[i])[n * s.dims + c]);
+    }
+  }
+  __device__ __forceinline__ typename F::template Line<T> constrained() const {
+    double sums[2] = {};
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      T v[F::kVectors];
+      vectors(c, v);
+      const Values<T, 2> terms = F::line_terms(v);
+      for (int i = 0; i < 2; ++i) sums[i] += terms.v[i];
+    }
+    T given[2] = {};
+#pragma unroll
+    for (int i = 0; i < F::kGiven; ++i) given[i] = load(static_cast<const Stored*>(s.given[i])[n]);
+    return {Values<T, 2>{{static_cast<T>(warp_sum(sums[0], kWarp)),
+                          static_cast<T>(warp_sum(sums[1], kWarp))}},
+            given};
+  }
+};
+
+template <class F, class T, class Stored>
+__global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
+    constrain_kernel(const FlowPlan<F, T> plan) {
+  const FlowSweep& s = plan.s;
+  for (int64_t n = warp_of_grid(); n < plan.lines; n += warps_of_grid()) {
+    const GivenLine<F, T, Stored> given{s, n};
+    const typename F::template Line<T> line = given.constrained();
+    T* to = plan.table + n * plan.stride;
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      T v[F::kVectors];
+      given.vectors(c, v);
+      const auto vectors = line.vectors(v);
+#pragma unroll
+      for (int i = 0; i < F::kVectors; ++i) to[i * s.dims + c] = vectors.v[i];
+    }
+    if (lane_of_warp() == 0) to[F::kVectors * s.dims] = line.numbers[0];
+    if (lane_of_warp() == 1) to[F::kVectors * s.dims + 1] = line.numbers[1];
+  }
+}
+
+template <class F, class T>
+__device__ __forceinline__ void read_vectors(const T* line, int64_t dims, int64_t c,
+                                             T (&v)[F::kVectors]) {
+#pragma unroll
+  for (int i = 0; i < F::kVectors; ++i) v[i] = line[i * dims + c];
+}
+
+// The row, `z` of one step, moves along `line` to `to`; what `next` measures of it. Either may be
+// null.
+template <class F, class T>
+__device__ __forceinline__ T advance(const T* z, T* to, int64_t dims, const T* line, T shift,
+                                     const T* next) {
+  double sum = 0;
+  for (int64_t c = lane_of_warp(); c < dims; c += kWarp) {
+    T x = z[c], v[F::kVectors];
+    if (line != nullptr) {
+      read_vectors<F>(line, dims, c, v);
+      x = F::move(x, shift, v);
+      to[c] = x;
+    }
+    if (next != nullptr) {
+      read_vectors<F>(next, dims, c, v);
+      sum += F::measure(x, v);
+    }
+  }
+  return static_cast<T>(warp_sum(sum, kWarp));
+}
+
+template <class F, class T, class Stored>
+__global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
+    flow_forward_kernel(const FlowPlan<F, T> plan) {
+  const FlowSweep& s = plan.s;
+  for (int64_t row = warp_of_grid(); row < s.rows; row += warps_of_grid()) {
+    T* z = plan.states + row % plan.warps * s.dims;
+    const T* line = plan.table + (s.shared ? 0 : row * s.steps) * plan.stride;
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      z[c] = load(static_cast<const Stored*>(s.z)[row * s.dims + c]);
+    }
+    double log_det = 0;
+    T measured = advance<F, T>(z, z, s.dims, nullptr, T(0), line);
+    for (int64_t k = 0; k < s.steps; ++k, line += plan.stride) {
+      const typename F::template Step<T> step(measured, line + F::kVectors * s.dims,
+                                              static_cast<T>(s.dims));
+      log_det += step.log_det;
+      measured = advance<F, T>(z, z, s.dims, line, step.shift,
+                               k + 1 < s.steps ? line + plan.stride : nullptr);
+    }
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      store(static_cast<Stored*>(s.out)[row * s.dims + c], z[c]);
+    }
+    if (lane_of_warp() == 0) static_cast<T*>(s.log_det)[row] = static_cast<T>(log_det);
+  }
+}
+
+// Rows warp, warp + plan.warps, ..., one after the other.
+template <class F, class T, class Stored>
+__device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
+  const FlowSweep& s = plan.s;
+  const int64_t numbers = F::kVectors * s.dims;
+  const T dims = static_cast<T>(s.dims);
+  T *states = plan.states + warp * s.steps * s.dims, *grad = plan.grads + warp * s.dims;
+  T* measured = plan.measured + warp * s.steps;
+  T* sums = plan.d_table + (s.shared ? warp * s.steps : 0) * plan.stride;
+  if (s.shared) {  // each lane clears what it adds to: its columns, and of lanes 0 and 1 a number
+    for (int64_t k = 0; k < s.steps; ++k) {
+      for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+#pragma unroll
+        for (int i = 0; i < F::kVectors; ++i) sums[k * plan.stride + i * s.dims + c] = T(0);
+      }
+      if (lane_of_warp() < 2) sums[k * plan.stride + numbers + lane_of_warp()] = T(0);
+    }
+  }
+  for (int64_t row = warp; row < s.rows; row += plan.warps) {
+    const T* first = plan.table + (s.shared ? 0 : row * s.steps) * plan.stride;
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      states[c] = load(static_cast<const Stored*>(s.z)[row * s.dims + c]);
+    }
+    // forward again, from state to state
+    T at = advance<F, T>(states, states, s.dims, nullptr, T(0), first);
+    for (int64_t k = 0; k < s.steps; ++k) {
+      if (lane_of_warp() == 0) measured[k] = at;
+      if (k + 1 == s.steps) break;
+      const T *line = first + k * plan.stride, *z = states + k * s.dims;
+      const typename F::template Step<T> step(at, line + numbers, dims);
+      at =
+          advance<F, T>(z, states + (k + 1) * s.dims, s.dims, line, step.shift, line + plan.stride);
+    }
+    __syncwarp();  // the other lanes read what lane 0 measured
+    // and back
+    const T* line = first + (s.steps - 1) * plan.stride;
+    const T* z = states + (s.steps - 1) * s.dims;
+    double sum = 0;
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      T g = 0, v[F::kVectors];
+      if (s.grad_out != nullptr) {
+        g = load(static_cast<const Stored*>(s.grad_out)[row * s.dims + c]);
+      }
+      grad[c] = g;
+      read_vectors<F>(line, s.dims, c, v);
+      sum += F::weigh(g, z[c], v);
+    }
+    T weighed = static_cast<T>(warp_sum(sum, kWarp));
+    const T grad_log_det =
+        s.grad_log_det == nullptr ? T(0) : static_cast<const T*>(s.grad_log_det)[row];
+    for (int64_t k = s.steps - 1; k >= 0; --k, line -= plan.stride, z -= s.dims) {
+      const typename F::template Step<T> step(measured[k], line + numbers, dims);
+      const typename F::template Back<T> back(step, weighed, grad_log_det, line + numbers, dims);
+      T* d_line = sums + (s.shared ? k : row * s.steps + k) * plan.stride;
+      sum = 0;
+      for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+        T v[F::kVectors], d[F::kVectors];
+        read_vectors<F>(line, s.dims, c, v);
+        const T g = F::pull(grad[c], z[c], back.shift, back.slope, v, d);
+        grad[c] = g;
+#pragma unroll
+        for (int i = 0; i < F::kVectors; ++i) {
+          T& to = d_line[i * s.dims + c];
+          to = (s.shared ? to : T(0)) + d[i];
+        }
+        if (k == 0) continue;
+        read_vectors<F>(line - plan.stride, s.dims, c, v);
+        sum += F::weigh(g, z[c - s.dims], v);
+      }
+      if (lane_of_warp() < 2) {
+        T& to = d_line[numbers + lane_of_warp()];
+        to = (s.shared ? to : T(0)) + (lane_of_warp() == 0 ? back.numbers[0] : back.numbers[1]);
+      }
+      weighed = static_cast<T>(warp_sum(sum, kWarp));
+    }
+    for (int64_t c = lane_of_warp(); s.d_z != nullptr && c < s.dims; c += kWarp) {
+      store(static_cast<Stored*>(s.d_z)[row * s.dims + c], grad[c]);
+    }
+    __syncwarp();  // before lane 0 measures the next row
+  }
+}
+
+template <class F, class T, class Stored>
+__global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
+    flow_backward_kernel(const FlowPlan<F, T> plan) {
+  for (int64_t warp = warp_of_grid(); warp < plan.warps; warp += warps_of_grid()) {
+    walk_back<F, T, Stored>(plan, warp);
+  }
+}
+
+// The gradients of lines as they were given.
+template <class F, class T, class Stored>
+__global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
+    finish_kernel(const FlowPlan<F, T> plan) {
+  const FlowSweep& s = plan.s;
+  const int64_t part = s.steps * plan.stride;
+  for (int64_t n = warp_of_grid(); n < plan.lines; n += warps_of_grid()) {
+    const GivenLine<F, T, Stored> given{s, n};
+    T* sums = plan.d_table + n * plan.stride;
+    double total = 0;
+    const auto add_parts = [&](int64_t at) {  // once: the first part becomes the sum
+      double sum = 0;
+      for (int64_t p = 0; p < plan.parts; ++p) sum += sums[p * part + at];
+      return static_cast<T>(sum);
+    };
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      T v[F::kVectors], d[F::kVectors];
+      given.vectors(c, v);
+#pragma unroll
+      for (int i = 0; i < F::kVectors; ++i) {
+        d[i] = add_parts(i * s.dims + c);
+        sums[i * s.dims + c] = d[i];
+      }
+      total += F::line_gradient_term(d, v);
+    }
+    const T d_numbers[] = {add_parts(F::kVectors * s.dims), add_parts(F::kVectors * s.dims + 1)};
+    const typename F::template Line<T> line = given.constrained();
+    const typename F::template LineGradient<T> gradient(
+        line, static_cast<T>(warp_sum(total, kWarp)), d_numbers);
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
+      T v[F::kVectors], d[F::kVectors];
+      given.vectors(c, v);
+      read_vectors<F>(sums, s.dims, c, d);
+      const auto vectors = gradient.vectors(d, v);
+#pragma unroll
+      for (int i = 0; i < F::kVectors; ++i) {
+        if (s.d_vectors[i] == nullptr) continue;
+        store(static_cast<Stored*>(s.d_vectors[i])[n * s.dims + c], vectors.v[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < F::kGiven; ++i) {
+      if (lane_of_warp() != 0 || s.d_given[i] == nullptr) continue;
+      store(static_cast<Stored*>(s.d_given[i])[n], gradient.given[i]);
+    }
+  }
+}
+
+template <class F, class T, class Stored>
+const char* run_flow(const FlowSweep& s, bool backward, void* lent, cudaStream_t stream) {
+  const FlowPlan<F, T> plan(s, backward, lent);
+  const auto blocks = [](int64_t warps) {
+    constexpr int64_t kWarps = kFlowBlock / kWarp;
+    return std::min<int64_t>(kMaxBlocks, (warps + kWarps - 1) / kWarps);
+  };
+  const auto constrain = constrain_kernel<F, T, Stored>;
+  FASTVAE_LAUNCH(constrain, blocks(plan.lines), kFlowBlock, stream, plan);
+  if (!backward) {
+    const auto forward = flow_forward_kernel<F, T, Stored>;
+    FASTVAE_LAUNCH(forward, blocks(plan.warps), kFlowBlock, stream, plan);
+    return launch_error();
+  }
+  const auto kernel = flow_backward_kernel<F, T, Stored>;
+  FASTVAE_LAUNCH(kernel, blocks(plan.warps), kFlowBlock, stream, plan);
+  const auto finish = finish_kernel<F, T, Stored>;
+  FASTVAE_LAUNCH(finish, blocks(plan.lines), kFlowBlock, stream, plan);
+  return launch_error();
+}
+
+template <class F>
+int64_t flow_scratch(const FlowSweep& s, bool backward) {
+  if (s.dtype != DType::kFloat64) return 4 * FlowPlan<F, float>(s, backward, nullptr).numbers;
+  return 8 * FlowPlan<F, double>(s, backward, nullptr).numbers;
+}
+
+// Runs forward or backward on the stream, a cudaStream_t, without waiting for it. Null, or what
+// CUDA says.
+template <class F>
+const char* sweep_flow(const FlowSweep& s, bool backward, void* lent, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (s.dtype) {
+    case DType::kFloat32:
+      return run_flow<F, float, float>(s, backward, lent, cuda_stream);
+    case DType::kFloat64:
+      return run_flow<F, double, double>(s, backward, lent, cuda_stream);
+    case DType::kBFloat16:
+      return run_flow<F, float, BFloat16>(s, backward, lent, cuda_stream);
+    case DType::kFloat16:
+      return run_flow<F, float, Float16>(s, backward, lent, cuda_stream);
+  }
+  return "unknown dtype";
+}
+
+template int64_t flow_scratch<Planar>(const FlowSweep&, bool);
+template int64_t flow_scratch<Radial>(const FlowSweep&, bool);
+template const char* sweep_flow<Planar>(const FlowSweep&, bool, void*, void*);
+template const char* sweep_flow<Radial>(const FlowSweep&, bool, void*, void*);
+
+}  // namespace fastvae::cuda
