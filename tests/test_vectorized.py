@@ -38,6 +38,21 @@ LOOPS = [
         for loop in ("begin_terms", "fold", "add_terms", "normalise", "weigh_terms", "weigh_slopes")
         for real in REALS
     ),
+    *(
+        f"{loop}<fastvae::{flow}, {real}, {shared}, true, true>"
+        for loop in ("advance", "retreat")
+        for flow in ("Planar", "Radial")
+        for real in REALS
+        for shared in ("true", "false")
+    ),
+    *(
+        f"{loop}<fastvae::{flow}, {real}{log_det}>"
+        for loop, log_det in (("take_steps", ", true"), ("take_steps_back", ""))
+        for flow in ("Planar", "Radial")
+        for real in REALS
+    ),
+    "sum_line<fastvae::Planar, float>",
+    "finish_line<fastvae::Planar, float>",
     *(f"weigh<float, (fastvae::Owner){owner}>" for owner in (0, 1)),
     *(
         f"score_pairs<float, (fastvae::Owner){owner}, {marginals}>"

@@ -1,0 +1,225 @@
+"""Planar and radial flows: what test_ops.py does not say of them."""
+
+import math
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import reference
+
+FLOWS = ("planar_flow", "radial_flow")
+
+
+def parameters(
+    name: str, lines: tuple[int, ...], dims: int, seed: int = 0, dtype=torch.float64
+) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    vectors = [draw(*lines, dims) / dims**0.5 for _ in range(2 if name == "planar_flow" else 1)]
+    return [*vectors, *(draw(*lines) for _ in range(3 - len(vectors)))]
+
+
+def rows(*shape: int, dtype=torch.float64) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("dims", [1, 2, 7, 20])
+def test_log_det_is_that_of_the_jacobian(name: str, dims: int) -> None:
+    flow, given, z = getattr(fastvae, name), parameters(name, (5,), dims), rows(6, dims)
+    _, log_det = flow(z, *given)
+    jacobians = torch.stack(
+        [torch.autograd.functional.jacobian(lambda x: flow(x, *given)[0], x) for x in z]
+    )
+    assert (log_det - torch.linalg.slogdet(jacobians).logabsdet).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_stack_is_its_steps(name: str) -> None:
+    flow, given, z = getattr(fastvae, name), parameters(name, (6,), 3), rows(40, 3)
+    stacked, log_det = flow(z, *given)
+    total = torch.zeros_like(log_det)
+    for k in range(6):
+        z, one = flow(z, *(p[k : k + 1] for p in given))
+        total += one
+    torch.testing.assert_close(stacked, z, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(log_det, total, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(
+    ("z_rows", "lines"),
+    [
+        ((4, 5), (5,)),
+        ((5,), (4, 5)),
+        ((4, 1), (5,)),
+        ((4, 5), (1, 5)),
+        ((4, 5), (4, 1)),
+        ((), (3,)),
+    ],
+    ids=str,
+)
+def test_lines_broadcast_with_rows(
+    name: str, z_rows: tuple[int, ...], lines: tuple[int, ...]
+) -> None:
+    """Samples may share the lines of their datapoint; what was shared sums its gradient."""
+    flow, given, z = getattr(fastvae, name), parameters(name, (*lines, 2), 3), rows(*z_rows, 3)
+    inputs = [x.requires_grad_() for x in (z, *given)]
+    shape = torch.broadcast_shapes(z_rows, lines)
+    expanded = [z.expand(*shape, 3)]
+    expanded += [p.expand(*shape, *p.shape[len(lines) :]) for p in given]
+    results = [flow(*inputs), flow(*(x.contiguous() for x in expanded))]
+    for a, b in zip(*results, strict=True):
+        assert a.shape[: len(shape)] == shape
+        assert torch.equal(a, b)
+    weights = rows(*shape)
+    gradients = [
+        torch.autograd.grad((z.sum(-1) * weights + log_det.square()).sum(), inputs)
+        for z, log_det in results
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dot", [-1e4, -100.0, -30.0, -1.0, 0.0, 1.0, 30.0, 100.0, 1e4])
+def test_planar_steps_are_invertible_whatever_w_and_u(dot: float, dtype: torch.dtype) -> None:
+    """w.z rises with itself, the determinant is positive, and all of it is finite."""
+    w = torch.tensor([[0.6, -0.8, 0.0]], dtype=dtype)
+    inputs = [torch.linspace(-4, 4, 101, dtype=dtype).unsqueeze(-1) * w, dot * w, w]
+    inputs = [x.requires_grad_() for x in (*inputs, torch.zeros(1, dtype=dtype))]
+    z, log_det = fastvae.planar_flow(*inputs)
+    along = (z @ w[0]).detach()
+    assert z.isfinite().all()
+    assert log_det.isfinite().all()
+    exact = fastvae.planar_flow(*(x.detach().double() for x in inputs))
+    assert ((exact[0] @ w[0].double()).diff() > 0).all()
+    assert (along.diff() >= 0).all()
+    torch.testing.assert_close(log_det.double(), exact[1], rtol=1e-5, atol=1e-5)
+    for gradient in torch.autograd.grad(z.sum() + log_det.sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+def test_a_planar_step_without_direction_is_a_translation() -> None:
+    inputs = [x.requires_grad_() for x in (rows(4, 3), rows(1, 3), torch.zeros(1, 3).double())]
+    b = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    z, log_det = fastvae.planar_flow(*inputs, b)
+    torch.testing.assert_close(z, inputs[0] + math.tanh(1.0) * inputs[1])
+    assert torch.equal(log_det, torch.zeros(4).double())
+    for gradient in torch.autograd.grad(z.sum() + log_det.sum(), [*inputs, b]):
+        assert gradient.isfinite().all()
+
+
+def test_radial_steps_fix_their_centre_and_are_the_identity_at_alpha_is_beta() -> None:
+    center, alpha, beta = rows(1, 4), torch.tensor([0.3]), torch.tensor([1.7])
+    inputs = [x.double().requires_grad_() for x in (center.clone(), center, alpha, beta)]
+    z, log_det = fastvae.radial_flow(*inputs)
+    assert torch.equal(z, center)
+    stretch = torch.nn.functional.softplus(beta) / torch.nn.functional.softplus(alpha)
+    torch.testing.assert_close(log_det, 4 * stretch.double().log(), rtol=1e-6, atol=0)
+    for gradient in torch.autograd.grad(z.sum() + log_det.sum(), inputs):
+        assert gradient.isfinite().all()
+    z, log_det = fastvae.radial_flow(rows(5, 4), center, alpha.double(), alpha.double())
+    assert torch.equal(z, rows(5, 4))
+    assert not log_det.any()
+
+
+@pytest.mark.parametrize("alpha", [-200.0, -20.0, 0.0, 20.0, 200.0])
+@pytest.mark.parametrize("beta", [-200.0, -20.0, 0.0, 20.0, 200.0])
+def test_radial_steps_are_invertible_whatever_alpha_and_beta(alpha: float, beta: float) -> None:
+    """A ray from the centre is mapped onto itself, in its order."""
+    ray = torch.linspace(0.01, 8, 200, dtype=torch.float64).unsqueeze(-1) * torch.ones(3)
+    settings = [torch.zeros(1, 3), torch.tensor([alpha]), torch.tensor([beta])]
+    inputs = [x.double().requires_grad_() for x in (ray, *settings)]
+    z, log_det = fastvae.radial_flow(*inputs)
+    assert (z.diff(dim=0) > 0).all()
+    assert log_det.isfinite().all()
+    for gradient in torch.autograd.grad(z.sum() + log_det.sum(), inputs):
+        assert gradient.isfinite().all()
+    z, log_det = fastvae.radial_flow(*(x.detach().float() for x in inputs))
+    assert (z.diff(dim=0) >= 0).all()
+    assert log_det.isfinite().all()
+
+
+def test_many_rows_and_their_split() -> None:
+    """More blocks of rows than chunks that the gradients of shared lines are summed by."""
+    given = [p.requires_grad_() for p in parameters("planar_flow", (3,), 5)]
+    z = rows(5000, 5)
+    outputs = fastvae.planar_flow(z, *given)
+    gradients = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), given)
+    parts = [fastvae.planar_flow(x, *given) for x in z.split([1, 1999, 3000])]
+    for a, b in zip(outputs, zip(*parts, strict=True), strict=True):
+        assert torch.equal(a, torch.cat(b))
+    total = sum(z.sum() + log_det.sum() for z, log_det in parts)
+    for a, b in zip(gradients, torch.autograd.grad(total, given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+# --- against normflows, with the same parameters --------------------------------------------------
+
+
+def test_normflows_planar_where_it_is_right_and_where_it_overflows() -> None:
+    planar = pytest.importorskip("normflows").flows.Planar
+    u, w, b = parameters("planar_flow", (1,), 3)
+    z = rows(20, 3)
+    theirs = planar((3,), u=u, w=w, b=b)(z)
+    for a, e in zip(fastvae.planar_flow(z, u, w, b), theirs, strict=True):
+        torch.testing.assert_close(a, e.detach(), rtol=1e-12, atol=1e-12)
+    # log(1 + e^x) is infinite where w.u is 100
+    w = torch.tensor([[1.0, 0.0, 0.0]])
+    steep = [100.0 * w, w, torch.zeros(1)]
+    assert not planar((3,), u=steep[0], w=w, b=steep[2])(z.float())[0].isfinite().all()
+    assert all(x.isfinite().all() for x in fastvae.planar_flow(z.float(), *steep))
+
+
+def test_normflows_radial_where_it_is_right_and_where_it_overflows() -> None:
+    radial = pytest.importorskip("normflows").flows.Radial
+    center, alpha, beta = parameters("radial_flow", (1,), 3)
+    z, theirs = rows(20, 3), radial((3,), z_0=center)
+    theirs.alpha.data = torch.nn.functional.softplus(alpha).reshape(theirs.alpha.shape)
+    theirs.beta.data = beta.reshape(theirs.beta.shape)
+    for a, e in zip(fastvae.radial_flow(z, center, alpha, beta), theirs(z), strict=True):
+        torch.testing.assert_close(a, e.detach(), rtol=1e-12, atol=1e-12)
+    theirs.float().beta.data.fill_(100.0)
+    assert not theirs(z.float())[0].isfinite().all()
+    given = [x.float() for x in (center, alpha, torch.tensor([100.0]))]
+    assert all(x.isfinite().all() for x in fastvae.radial_flow(z.float(), *given))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_wrong_shapes_raise_and_name_the_argument(name: str) -> None:
+    flow, first = getattr(fastvae, name), "u" if name == "planar_flow" else "center"
+    last = "b" if name == "planar_flow" else "beta"
+    z, given = rows(4, 3), parameters(name, (2,), 3)
+
+    def fails(message: str, *arguments: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match=f"fastvae::{name}: {message}"):
+            flow(*arguments)
+
+    wide = parameters(name, (2,), 5)
+    fails(rf"{first} must be \[..., K, D\] for the D of z, got \[2, 5\] and \[4, 3\]", z, *wide)
+    fails(rf"{first} must be \[..., K, D\] for the D of z, got \[3\]", z, given[0][0], *given[1:])
+    none = parameters(name, (0,), 3)
+    fails(rf"{first} must have at least one step, got \[0, 3\]", z, *none)
+    message = rf"{last} must have the shape of {first} without its last dimension, got \[1\]"
+    fails(message, z, *given[:2], given[2][:1])
+    if name == "planar_flow":
+        fails(r"w must have the shape of u, got \[1, 3\]", z, given[0], given[1][:1], given[2])
+    own = parameters(name, (5, 2), 3)
+    fails(rf"{first} must broadcast with z in its leading dimensions, got \[5, 2, 3\]", z, *own)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_reference_takes_what_the_op_takes(name: str) -> None:
+    given, z = parameters(name, (5, 2), 3), rows(4, 1, 3)
+    expected = getattr(reference, name)(z, *given)
+    for a, b in zip(getattr(fastvae, name)(z, *given), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
