@@ -86,8 +86,8 @@ class RowSums {
 };
 
 // A block of rows of `width`, z, move by `shift` along `line`; what `next` measures of them then
-// goes to `measured`. Without a step before, or after, that is left out.
-template <class F, class T, bool kShared, bool kMoves, bool kMeasures>
+// goes to `measured`. Before the first step nothing moves.
+template <class F, class T, bool kShared, bool kMoves>
 FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared> line,
                             LineOf<T, kShared> next, const T* shift, T* measured) {
   RowSums<T> totals(width);
@@ -121,21 +121,21 @@ FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared>
           for (int l = 0; l < kLanes; ++l) {
             T value = x[at + l];
             if (kMoves) y[at + l] = value = moved<F>(value, by[j], v0.at[l], v1.at[l]);
-            if (kMeasures) sums[j].at[l] += measure<F>(value, n0.at[l], n1.at[l]);
+            sums[j].at[l] += measure<F>(value, n0.at[l], n1.at[l]);
           }
         }
       }
-      if (kMeasures) totals.add(r, sums);
+      totals.add(r, sums);
     }
   }
-  if (kMeasures) totals.write(measured);
+  totals.write(measured);
 }
 
 // The gradient goes back through a step from z along `line`; what the step before, from `z_before`
 // along `before`, weighs of it goes to `weighed`. The gradient of row r's vectors goes to d_line +
 // r
 // * line.apart; or that of all rows is added to d_line, if they share it.
-template <class F, class T, bool kShared, bool kPulls, bool kWeighs>
+template <class F, class T, bool kShared, bool kPulls>
 FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t width,
                             LineOf<T, kShared> line, LineOf<T, kShared> before, const T* shift,
                             const T* slope, T* weighed, T* d_line) {
@@ -182,7 +182,7 @@ FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t widt
                 if (F::kVectors > 1) d[second + l] = of1;
               }
             }
-            if (kWeighs) sums[j].at[l] += weigh<F>(grad_z, b[at + l], n0.at[l], n1.at[l]);
+            sums[j].at[l] += weigh<F>(grad_z, b[at + l], n0.at[l], n1.at[l]);
           }
         }
         if (!kShared || !kPulls) continue;
@@ -192,10 +192,10 @@ FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t widt
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) d_line[second + c + l] += d1.at[l];
       }
-      if (kWeighs) totals.add(r, sums);
+      totals.add(r, sums);
     }
   }
-  if (kWeighs) totals.write(weighed);
+  totals.write(weighed);
 }
 
 // The same of lines: vectors of `width`, one after the other, in place.
@@ -385,15 +385,12 @@ class FlowTask {
       alignas(64) double log_det[kRows] = {};
       start(block);
       read_rows(s_.z, z);
-      advance<F, T, kShared, false, true>(z, z, width_, line(0), line(0), nullptr, measured);
+      advance<F, T, kShared, false>(z, z, width_, line(0), line(0), nullptr, measured);
       for (int64_t k = 0; k < s_.steps; ++k) {
         read_numbers<kShared>(k);
         take_steps<F, T, true>(measured, numbers_, dims(), shift, log_det);
-        if (k + 1 < s_.steps) {
-          advance<F, T, kShared, true, true>(z, z, width_, line(k), line(k + 1), shift, measured);
-        } else {
-          advance<F, T, kShared, true, false>(z, z, width_, line(k), line(k), shift, measured);
-        }
+        const int64_t next = std::min(k + 1, s_.steps - 1);  // of the last step nobody asks
+        advance<F, T, kShared, true>(z, z, width_, line(k), line(next), shift, measured);
       }
       write_rows(z, s_.out);
       for (int r = 0; r < count_; ++r) {
@@ -420,16 +417,15 @@ class FlowTask {
         start(block);
         T* z = states.data()->at;  // the state before step k
         read_rows(s_.z, z);
-        advance<F, T, kShared, false, true>(z, z, width_, line(0), line(0), nullptr, at(0));
+        advance<F, T, kShared, false>(z, z, width_, line(0), line(0), nullptr, at(0));
         for (int64_t k = 0; k + 1 < steps; ++k, z += tile) {
           read_numbers<kShared>(k);
           take_steps<F, T, false>(at(k), numbers_, dims(), shift, nullptr);
-          advance<F, T, kShared, true, true>(z, z + tile, width_, line(k), line(k + 1), shift,
-                                             at(k + 1));
+          advance<F, T, kShared, true>(z, z + tile, width_, line(k), line(k + 1), shift, at(k + 1));
         }
         read_grads(grad, grad_log_det);
-        retreat<F, T, kShared, false, true>(grad, z, z, width_, line(steps - 1), line(steps - 1),
-                                            nullptr, nullptr, weighed, nullptr);
+        retreat<F, T, kShared, false>(grad, z, z, width_, line(steps - 1), line(steps - 1), nullptr,
+                                      nullptr, weighed, nullptr);
         for (int64_t k = steps - 1; k >= 0; --k, z -= tile) {
           read_numbers<kShared>(k);
           take_steps_back<F, T>(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope,
@@ -437,13 +433,9 @@ class FlowTask {
           // a block that is not full has nowhere to put what its padding gives
           T* own = count_ < kRows ? unused.data()->at : d_table + first_ * steps * stride_;
           T* d_line = (kShared ? sums : own) + k * stride_;
-          if (k == 0) {
-            retreat<F, T, kShared, true, false>(grad, z, z, width_, line(k), line(k), shift, slope,
-                                                weighed, d_line);
-          } else {
-            retreat<F, T, kShared, true, true>(grad, z, z - tile, width_, line(k), line(k - 1),
-                                               shift, slope, weighed, d_line);
-          }
+          const int64_t before = std::max<int64_t>(k - 1, 0);  // of the first step nobody asks
+          retreat<F, T, kShared, true>(grad, z, z - (k - before) * tile, width_, line(k),
+                                       line(before), shift, slope, weighed, d_line);
           for (int i = 0; i < 2; ++i) {
             for (int r = 0; r < count_; ++r) {
               T& to = d_line[(kShared ? 0 : r * apart()) + F::kVectors * width_ + i];

@@ -39,7 +39,7 @@ LOOPS = [
         for real in REALS
     ),
     *(
-        f"{loop}<fastvae::{flow}, {real}, {shared}, true, true>"
+        f"{loop}<fastvae::{flow}, {real}, {shared}, true>"
         for loop in ("advance", "retreat")
         for flow in ("Planar", "Radial")
         for real in REALS
