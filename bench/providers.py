@@ -15,7 +15,10 @@ import fastvae
 
 __all__ = ["PROVIDERS", "Call", "WrongAnswerError", "as_tuple", "build", "check", "timed_call"]
 
-PROVIDERS = ("fastvae", "eager", "compile", "compile-max-autotune", "torch.distributions", "limit")
+PROVIDERS = (
+    *("fastvae", "eager", "compile", "compile-max-autotune", "torch.distributions", "normflows"),
+    "limit",
+)
 
 Function = Callable[..., Any]
 Call = Callable[[], Any]
@@ -39,6 +42,7 @@ def build(case: Case, device: str, wanted: tuple[str, ...]) -> dict[str, Functio
         functions["compile-max-autotune"] = torch.compile(case.eager, mode="max-autotune")
     if case.distributions is not None:
         functions["torch.distributions"] = case.distributions
+    functions.update(case.peers)
     return {name: f for name, f in functions.items() if name in wanted}
 
 

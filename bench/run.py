@@ -110,6 +110,11 @@ def measure_job(job: Job, setting: Setting) -> tuple[list[Record], list[Problem]
         if provider != "fastvae" and by_hand > MOST_BYTES:
             problems.append(job.problem(provider, f"skipped: one tensor of {by_hand / 1e9:.1f} GB"))
             continue
+        if provider.startswith("compile") and case.unrolls(job.shape):
+            problems.append(
+                job.problem(provider, "skipped: it unrolls all steps, and takes minutes")
+            )
+            continue
         try:
             grads = None
             if job.mode == "full":

@@ -109,6 +109,8 @@ class Case:
     straight_through: str = ""  # its gradient is not the derivative of its value
     copies: str = ""  # it copies its inputs, which therefore must fit in memory
     eager_bytes: Callable[[Shape], int] = lambda sizes: 0  # of the largest tensor written by hand
+    unrolls: Callable[[Shape], bool] = lambda sizes: False  # torch.compile would take minutes
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # other packages' own
     approximate: str = ""  # why the formula written by hand is timed though it is off
     # max |value - float64 reference| / (|reference| + atol) per dtype
     rtol: dict[torch.dtype, float] = field(
@@ -271,6 +273,41 @@ def _eager_planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tens
         z = z + v[..., k, :] * h.unsqueeze(-1)
         log_det = log_det + torch.log((1 + (1 - h * h) * (w * v).sum(-1)[..., k]).abs())
     return z, log_det
+
+
+def _with_normflows(name: str, parameters: Callable[..., tuple[dict[str, Tensor], ...]]) -> Any:
+    """A stack of normflows' modules, with the parameters of ours in place of their own."""
+    stacks: dict[tuple[int, ...], list[Any]] = {}
+
+    def run(z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        import normflows
+
+        lines = given[0].shape
+        if lines not in stacks:
+            stacks[lines] = [getattr(normflows.flows, name)(lines[1:]) for _ in range(lines[0])]
+        log_det = z.new_zeros(z.shape[:-1])
+        steps = parameters(*(x.split(1) for x in given))
+        for flow, own in zip(stacks[lines], steps, strict=True):
+            for key, value in own.items():
+                flow._parameters.pop(key, None)
+                setattr(flow, key, value)
+            z, one = flow(z)
+            log_det = log_det + one
+        return z, log_det
+
+    return run
+
+
+def _planar_parameters(*lines: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], ...]:
+    return tuple(dict(zip("uwb", line, strict=True)) for line in zip(*lines, strict=True))
+
+
+def _radial_parameters(*lines: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], ...]:
+    softplus = torch.nn.functional.softplus  # where theirs has the absolute value
+    return tuple(
+        {"z_0": center, "alpha": softplus(alpha), "beta": beta}
+        for center, alpha, beta in zip(*lines, strict=True)
+    )
 
 
 def _eager_radial_flow(
@@ -899,6 +936,12 @@ def _flow(op: str, eager: Callable[..., Any], own_lines: bool = False) -> Case:
         eager=eager,
         distributions=None,
         bench=() if own_lines else ((512, 64, 16), (512, 40, 80), (4096, 2, 32)),
+        unrolls=lambda s: s[-1] > 32,
+        peers={
+            "normflows": _with_normflows("Planar", _planar_parameters)
+            if planar
+            else _with_normflows("Radial", _radial_parameters)
+        },
         bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
         bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
         sizes=lambda shape: (*shape, 3),
