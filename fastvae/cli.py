@@ -31,6 +31,7 @@ exit codes:
   130  stopped by Ctrl-C; training then writes its checkpoint and says how to go on
 """
 _CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "picture.png"
+_CONFIG = ("latent_dim", "hidden", "posterior", "flow_length")  # the options that are the model's
 
 
 class _UsageError(Exception):
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--clip-norm", type=_positive, metavar="X", help="clip gradients; default: off")
     add("--latent-dim", type=_width, metavar="N", help="size of z; default: 50")
     add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
+    add("--posterior", choices=("gaussian", *models.FLOWS), help="of z given x; default: gaussian")
+    add("--flow-length", type=_count, metavar="K", help="steps of a flow; default: 16")
     add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
     add = train_parser.add_argument_group("how long, where, and what comes out").add_argument
     add(
@@ -182,7 +185,7 @@ def _device(name: str | None) -> str:
 def _check_same(args: argparse.Namespace, header: checkpoint.Header) -> None:
     """Options that were given must be those of the run that goes on."""
     stored = {"model": header.model, **header.config, **vars(header.settings)}
-    for name in ("model", "data", "batch_size", "lr", "clip_norm", "seed", "latent_dim", "hidden"):
+    for name in ("model", "data", "batch_size", "lr", "clip_norm", "seed", *_CONFIG):
         given = getattr(args, name)
         if given is not None and given != stored.get(name):
             option = name if name == "model" else "--" + name.replace("_", "-")
@@ -216,7 +219,9 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     if header:
         trainer = train.Trainer.resume(path, dataset, device)
     else:
-        config = {k: v for k in ("latent_dim", "hidden") if (v := getattr(args, k)) is not None}
+        config = {k: v for k in _CONFIG if (v := getattr(args, k)) is not None}
+        if args.flow_length is not None and args.posterior in (None, "gaussian"):
+            raise _UsageError("--flow-length is for a flow; take one with --posterior")
         trainer = train.Trainer(args.model, config, dataset, settings, device)
     epochs = args.epochs or (None if args.minutes else 100)
     again = [*argv, *["--resume"] * (not args.resume)]

@@ -76,6 +76,7 @@ def test_resume_goes_on_and_a_second_run_does_not_overwrite_the_first(capsys):
         ("--lr", "0.5", "0.002"),
         ("--latent-dim", "7", "3"),
         ("--hidden", "8,8", "[16]"),
+        ("--posterior", "planar", "gaussian"),
         ("--seed", "1", "0"),
         ("--batch-size", "7", "100"),
         ("--data", "mnist", "digits"),
@@ -89,6 +90,22 @@ def test_resume_refuses_another_course(capsys, option, value, stored):
     assert train("--out", "here", "--resume", "--data", "digits") == 0  # the same is no other
 
 
+def test_train_with_a_flow_and_sample_from_it(capsys):
+    flow = ("--posterior", "planar", "--flow-length", "3")
+    assert train(*flow) == 0
+    assert main(["train", "vae", "--resume", "--epochs", "3", *flow]) == 0
+    assert "test log-likelihood" in capsys.readouterr().out
+    path = Path("runs/vae-digits/checkpoint.safetensors")
+    config = checkpoint.read(path).header.config
+    assert (config["posterior"], config["flow_length"]) == ("planar", 3)
+    assert main(["sample", str(path)]) == 0
+    capsys.readouterr()
+    text = refusal(capsys, "train", "vae", "--resume", "--flow-length", "4")
+    assert "--flow-length 4 is not the 3 of the run" in text
+    text = refusal(capsys, "train", "vae", "--out", "new", "--flow-length", "4")
+    assert "--flow-length is for a flow; take one with --posterior" in text
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
@@ -97,6 +114,8 @@ def test_resume_refuses_another_course(capsys, option, value, stored):
         (["train"], "the following arguments are required: model"),
         (["train", "gan"], "invalid choice: 'gan'"),
         (["train", "vae", "--data", "cifar"], "invalid choice: 'cifar'"),
+        (["train", "vae", "--posterior", "spline"], "--posterior: invalid choice: 'spline'"),
+        (["train", "vae", "--flow-length", "0"], "--flow-length: must be an integer from 1 to"),
         (["train", "vae", "--epochs", "0"], "--epochs: must be an integer from 1 to"),
         (["train", "vae", "--epochs", "1.5"], "--epochs: must be an integer"),
         (["train", "vae", "--batch-size", "-1"], "--batch-size: must be an integer"),

@@ -383,5 +383,6 @@ def test_results_say_what_was_reached_with_what(digits, tmp_path):
     train.save_results(tmp_path / "results.json", trainer, evaluation)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["test"]["elbo"] == evaluation.elbo
-    assert results["config"] == {"data_dim": 64, "likelihood": "bernoulli", **CONFIG}
+    expected = {"data_dim": 64, "likelihood": "bernoulli", **CONFIG}
+    assert results["config"] == {**expected, "posterior": "gaussian", "flow_length": None}
     assert results["fastvae"] == fastvae.__version__

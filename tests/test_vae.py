@@ -20,9 +20,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def model(likelihood: str = "bernoulli", dtype: torch.dtype = torch.float32) -> models.VAE:
+def model(
+    likelihood: str = "bernoulli", dtype: torch.dtype = torch.float32, **posterior: object
+) -> models.VAE:
     torch.manual_seed(0)
-    return models.VAE(12, latent_dim=7, hidden=(16, 9), likelihood=likelihood).to(dtype)
+    vae = models.VAE(12, 7, hidden=(16, 9), likelihood=likelihood, **posterior).to(dtype)
+    if posterior:  # away from the identity
+        with torch.no_grad():
+            bias = vae.encoder[-1].bias
+            bias[14:] += 0.3 * torch.randn(len(bias) - 14)
+    return vae
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +141,50 @@ def test_elbo_and_gradients_are_those_of_the_formula_by_hand(dtype):
     assert any(float(gradient.abs().max()) > 1e-3 for gradient in found)
 
 
+@pytest.mark.parametrize("posterior", list(models.FLOWS))
+def test_flow_elbo_and_gradients_are_those_of_the_formula_by_hand(posterior):
+    vae = model(dtype=torch.float64, posterior=posterior, flow_length=3)
+    x = torch.rand(4, 12, dtype=torch.float64)
+    found = vae.elbo(x, generator=generator())
+    gradients = torch.autograd.grad(found.elbo.sum(), list(vae.parameters()))
+    mu, log_var, steps = vae.encoder(x).split((7, 7, 3 * (15 if posterior == "planar" else 9)), -1)
+    eps = fastvae.random.normal(fastvae.random.from_generator(generator()), (4, 7), mu.dtype)
+    start = mu + (0.5 * log_var).exp() * eps
+    steps = steps.reshape(4, 3, -1)
+    if posterior == "planar":
+        lines = steps[..., :7], steps[..., 7:14], steps[..., 14]
+    else:
+        lines = steps[..., :7], steps[..., 7], steps[..., 8]
+    z, log_det = getattr(fastvae.reference, f"{posterior}_flow")(start, *lines)
+    assert float(log_det.detach().abs().max()) > 0.01  # it does something
+    recon = demo.eager_bernoulli_log_prob(x, *vae.decode(z))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    entropy = torch.distributions.Normal(mu, (0.5 * log_var).exp()).entropy().sum(-1)
+    kl = -entropy - log_det - normal.log_prob(z).sum(-1)
+    expected = torch.autograd.grad((recon - kl).sum(), list(vae.parameters()))
+    torch.testing.assert_close((found.recon, found.kl), (recon, kl), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.elbo, recon - kl)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("posterior", list(models.FLOWS))
+def test_flow_bounds_are_in_order_and_its_samples_are_not_in_the_chunk(posterior):
+    """q(z | x) integrates to 1: the importance weights say so, at K = 1 and at many."""
+    vae, x = model(dtype=torch.float64, posterior=posterior), torch.rand(3, 12).double()
+    whole = vae.log_likelihood(x, 33, chunk=1000, generator=generator())
+    parts = vae.log_likelihood(x, 33, chunk=8, generator=generator())
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    many = [vae.log_likelihood(x, 20_000, 2_000, generator=generator(k)) for k in range(2)]
+    torch.testing.assert_close(many[0], many[1], rtol=0, atol=0.1)
+    # the same decoder under a Gaussian posterior has the same log p(x)
+    plain = model(dtype=torch.float64)
+    plain.decoder.load_state_dict(vae.decoder.state_dict())
+    exact = plain.log_likelihood(x, 20_000, 2_000, generator=generator())
+    torch.testing.assert_close(many[0], exact, rtol=0, atol=0.1)
+    elbo = torch.stack([vae.elbo(x, generator=generator(k)).elbo for k in range(200)]).mean(0)
+    assert bool((elbo < exact).all())
+
+
 def test_gaussian_elbo_has_the_gaussian_density():
     vae, x = model("gaussian", torch.float64), torch.rand(4, 12, dtype=torch.float64)
     with torch.no_grad():
@@ -166,12 +217,12 @@ def test_a_trained_model_reconstructs_its_own_image_best(trained):
 
 
 def test_config_builds_the_same_model_again():
-    vae = model("gaussian")
-    again = models.build("vae", vae.config)
-    again.load_state_dict(vae.state_dict())
-    x = torch.rand(3, 12)
-    for other in (again, copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
-        assert torch.equal(other.reconstruct(x), vae.reconstruct(x))
+    for vae in (model("gaussian"), model(posterior="planar", flow_length=3)):
+        again = models.build("vae", vae.config)
+        again.load_state_dict(vae.state_dict())
+        x = torch.rand(3, 12)
+        for other in (again, copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
+            assert torch.equal(other.reconstruct(x), vae.reconstruct(x))
 
 
 def test_what_cannot_be_built():
@@ -183,3 +234,9 @@ def test_what_cannot_be_built():
         models.VAE(4, latent_dim=0)
     with pytest.raises(ValueError, match="must be one of bernoulli, gaussian, got 'poisson'"):
         models.VAE(4, likelihood="poisson")
+    with pytest.raises(ValueError, match="one of gaussian, planar, radial, got 'spline'"):
+        models.VAE(4, posterior="spline")
+    with pytest.raises(ValueError, match="must be that of a flow, got 4 and 'gaussian'"):
+        models.VAE(4, flow_length=4)
+    with pytest.raises(ValueError, match="flow_length must be positive, got 0"):
+        models.VAE(4, posterior="planar", flow_length=0)

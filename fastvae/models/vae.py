@@ -3,18 +3,23 @@ r"""The variational autoencoder of Kingma & Welling, "Auto-Encoding Variational 
 .. math::
     \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, N(0, I)),
     \qquad q(z|x) = N(z; \mu(x), \mathrm{diag}\, \sigma^2(x))
+
+or a sample of that Gaussian moved by a normalizing flow (:mod:`fastvae.models.posterior`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..estimators import Elbo, elbo, importance_sampled_log_likelihood
+from ..estimators import Elbo, elbo, gaussian_entropy, importance_sampled_log_likelihood
+from ..functional import gaussian_log_prob, reparameterize
 from .base import LIKELIHOODS, Model
+from .posterior import FLOWS
 
 __all__ = ["VAE"]
 
@@ -27,6 +32,11 @@ def _mlp(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def _log_standard_normal(z: Tensor) -> Tensor:
+    zero = z.new_zeros(1)
+    return gaussian_log_prob(z, zero, zero)
+
+
 class VAE(Model):
     """A Gaussian latent variable decoded by a perceptron, and a perceptron that infers it.
 
@@ -35,9 +45,12 @@ class VAE(Model):
         latent_dim: the size of z.
         hidden: the widths of the encoder's hidden layers; the decoder has them in reverse.
         likelihood: of x in [0, 1]: ``"bernoulli"``, or ``"gaussian"`` with a predicted variance.
+        posterior: ``"gaussian"``; or its samples moved by a flow, ``"planar"`` or ``"radial"``.
+        flow_length: the steps of the flow; default: 16.
 
     Raises:
-        ValueError: if a size is not positive, or there is no such likelihood.
+        ValueError: if a size is not positive, there is no such likelihood or posterior, or a
+            Gaussian one is given a length.
 
     >>> model = fastvae.models.VAE(784, latent_dim=50, hidden=(200, 200))
     >>> elbo, recon, kl = model.elbo(torch.rand(16, 784))
@@ -50,6 +63,8 @@ class VAE(Model):
         latent_dim: int = 50,
         hidden: Sequence[int] = (200, 200),
         likelihood: str = "bernoulli",
+        posterior: str = "gaussian",
+        flow_length: int | None = None,
     ) -> None:
         super().__init__()
         if min(data_dim, latent_dim, *hidden) < 1:
@@ -60,21 +75,54 @@ class VAE(Model):
             raise ValueError(
                 f"VAE: likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
             )
+        if posterior != "gaussian" and posterior not in FLOWS:
+            known = ", ".join(("gaussian", *FLOWS))
+            raise ValueError(f"VAE: posterior must be one of {known}, got {posterior!r}")
+        self.flow = FLOWS.get(posterior)
+        if self.flow is None and flow_length is not None:
+            raise ValueError(
+                f"VAE: flow_length must be that of a flow, got {flow_length} and {posterior!r}"
+            )
+        steps = 0 if self.flow is None else 16 if flow_length is None else flow_length
+        if self.flow is not None and steps < 1:
+            raise ValueError(f"VAE: flow_length must be positive, got {steps}")
         self.config = {
             "data_dim": data_dim,
             "latent_dim": latent_dim,
             "hidden": list(hidden),
             "likelihood": likelihood,
+            "posterior": posterior,
+            "flow_length": steps or None,
         }
         self.latent_dim = latent_dim
+        self.flow_outputs = 0 if self.flow is None else steps * self.flow.outputs(latent_dim)
         self.likelihood = LIKELIHOODS[likelihood]
-        self.encoder = _mlp([data_dim, *hidden, 2 * latent_dim])
+        self.encoder = _mlp([data_dim, *hidden, 2 * latent_dim + self.flow_outputs])
+        if self.flow is not None:  # which begins near the identity
+            last = cast(nn.Linear, self.encoder[-1])
+            with torch.no_grad():
+                last.weight[2 * latent_dim :] *= 0.1
+                last.bias[2 * latent_dim :] = self.flow.identity(steps, latent_dim).flatten()
         self.decoder = _mlp([latent_dim, *reversed(hidden), self.likelihood.heads * data_dim])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``mu`` and ``log_var`` of q(z | x), each ``[B, latent_dim]``, for ``x`` of ``[B, D]``."""
-        mu, log_var = self.encoder(x).chunk(2, dim=-1)
+        """``mu`` and ``log_var`` of q(z | x), each ``[B, latent_dim]``, for ``x`` of ``[B, D]``.
+
+        Where there is a flow, of the sample that it moves.
+        """
+        mu, log_var, _ = self._encode(x)
         return mu, log_var
+
+    def _encode(
+        self, x: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """``mu`` and ``log_var``; and the flow, z to (z, log_det)."""
+        size = self.latent_dim
+        mu, log_var, steps = self.encoder(x).split((size, size, self.flow_outputs), dim=-1)
+        if (flow := self.flow) is None:
+            return mu, log_var, lambda z: (z, z.new_zeros(z.shape[:-1]))
+        steps = steps.unflatten(-1, (-1, flow.outputs(size)))
+        return mu, log_var, lambda z: flow(z, steps)
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
         """The parameters of p(x | z), each ``[..., D]``: logits, or ``mu`` and ``log_var``."""
@@ -82,7 +130,13 @@ class VAE(Model):
 
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
         """The bound and its terms, in nats, each ``[B]``, from one sample of z per row."""
-        return elbo(self._log_likelihood(x), *self.encode(x), generator=generator)
+        mu, log_var, flow = self._encode(x)
+        if self.flow is None:
+            return elbo(self._log_likelihood(x), mu, log_var, generator=generator)
+        z, log_det = flow(reparameterize(mu, log_var, generator=generator))
+        recon = self._log_likelihood(x)(z)
+        kl = -gaussian_entropy(log_var) - log_det - _log_standard_normal(z)
+        return Elbo(recon - kl, recon, kl)
 
     @torch.no_grad()
     def log_likelihood(
@@ -101,11 +155,20 @@ class VAE(Model):
         >>> model.log_likelihood(torch.rand(16, 784), num_samples=64).shape
         torch.Size([16])
         """
+        mu, log_var, flow = self._encode(x)
+        log_likelihood = self._log_likelihood(x)
+
+        def log_joint(start: Tensor) -> Tensor:  # of what the flow moves
+            z, log_det = flow(start)
+            return log_likelihood(z) + _log_standard_normal(z) + log_det
+
         return importance_sampled_log_likelihood(
-            self._log_likelihood(x),
-            *self.encode(x),
+            log_likelihood if self.flow is None else log_joint,
+            mu,
+            log_var,
             num_samples,
             chunk=chunk,
+            prior=None if self.flow is None else lambda z: z.new_zeros(z.shape[:-1]),
             generator=generator,
         )
 
@@ -132,6 +195,6 @@ class VAE(Model):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The means of p(x | z) at the mean of q(z | x), ``[B, D]``."""
-        mu, _ = self.encode(x)
-        return self.likelihood.mean(*self.decode(mu))
+        """The means of p(x | z) at the mean of q(z | x), moved by its flow, ``[B, D]``."""
+        mu, _, flow = self._encode(x)
+        return self.likelihood.mean(*self.decode(flow(mu)[0]))
