@@ -28,9 +28,7 @@ class FlowFamily(NamedTuple):
     flow: Callable[..., tuple[Tensor, Tensor]]  # (z, *parameters) -> z, log_det
     vectors: int  # of a step, each of the size of z
     numbers: int
-    identity: Callable[
-        [int, int], Tensor
-    ]  # (steps, size of z) -> [steps, outputs]: they move nothing
+    identity: Callable[[int, int], Tensor]  # (steps, size of z) -> the outputs that move nothing
 
     def outputs(self, latent_dim: int) -> int:
         """How many of the encoder's outputs a step takes."""
