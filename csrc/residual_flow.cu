@@ -22,8 +22,9 @@ template <class F, class T>
 struct FlowPlan {
   FlowSweep s;
   int64_t stride, lines, warps, parts;  // a line in the table; how many; warps; parts of a sum
+  double* sums;                         // of shared lines, of each warp
   T *table, *states, *measured, *grads, *d_table;
-  int64_t numbers;  // T
+  int64_t bytes;
 
   FlowPlan(const FlowSweep& sweep, bool backward, void* lent)
       : s(sweep),
@@ -31,19 +32,18 @@ struct FlowPlan {
         lines(s.line_count()),
         warps(std::min(s.rows, backward && s.shared ? kSumWarps : kRowWarps)),
         parts(s.shared ? warps : 1) {
-    T* at = static_cast<T*>(lent);
-    const auto lend = [&](int64_t n) {
-      T* const here = at;
-      numbers += n;
-      if (lent != nullptr) at += n;
-      return here;
+    bytes = 0;
+    const auto lend = [&](auto*& to, int64_t n) {
+      to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(
+          reinterpret_cast<uintptr_t>(lent) + static_cast<uintptr_t>(bytes));
+      bytes += n * static_cast<int64_t>(sizeof *to);
     };
-    numbers = 0;
-    table = lend(lines * stride);
-    states = lend(warps * s.dims * (backward ? s.steps : 1));
-    measured = lend(backward ? warps * s.steps : 0);
-    grads = lend(backward ? warps * s.dims : 0);
-    d_table = lend(backward ? (s.shared ? warps * s.steps : lines) * stride : 0);
+    lend(sums, backward && s.shared ? warps * s.steps * stride : 0);
+    lend(table, lines * stride);
+    lend(states, warps * s.dims * (backward ? s.steps : 1));
+    lend(measured, backward ? warps * s.steps : 0);
+    lend(grads, backward ? warps * s.dims : 0);
+    lend(d_table, backward && !s.shared ? lines * stride : 0);
   }
 };
 
@@ -166,14 +166,14 @@ __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
   const T dims = static_cast<T>(s.dims);
   T *states = plan.states + warp * s.steps * s.dims, *grad = plan.grads + warp * s.dims;
   T* measured = plan.measured + warp * s.steps;
-  T* sums = plan.d_table + (s.shared ? warp * s.steps : 0) * plan.stride;
+  double* sums = plan.sums + warp * s.steps * plan.stride;
   if (s.shared) {  // each lane clears what it adds to: its columns, and of lanes 0 and 1 a number
     for (int64_t k = 0; k < s.steps; ++k) {
       for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
 #pragma unroll
-        for (int i = 0; i < F::kVectors; ++i) sums[k * plan.stride + i * s.dims + c] = T(0);
+        for (int i = 0; i < F::kVectors; ++i) sums[k * plan.stride + i * s.dims + c] = 0;
       }
-      if (lane_of_warp() < 2) sums[k * plan.stride + numbers + lane_of_warp()] = T(0);
+      if (lane_of_warp() < 2) sums[k * plan.stride + numbers + lane_of_warp()] = 0;
     }
   }
   for (int64_t row = warp; row < s.rows; row += plan.warps) {
@@ -193,8 +193,7 @@ __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
     }
     __syncwarp();  // the other lanes read what lane 0 measured
     // and back
-    const T* line = first + (s.steps - 1) * plan.stride;
-    const T* z = states + (s.steps - 1) * s.dims;
+    const T *line = first + (s.steps - 1) * plan.stride, *z = states + (s.steps - 1) * s.dims;
     double sum = 0;
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       T g = 0, v[F::kVectors];
@@ -208,10 +207,18 @@ __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
     T weighed = static_cast<T>(warp_sum(sum, kWarp));
     const T grad_log_det =
         s.grad_log_det == nullptr ? T(0) : static_cast<const T*>(s.grad_log_det)[row];
-    for (int64_t k = s.steps - 1; k >= 0; --k, line -= plan.stride, z -= s.dims) {
+    for (int64_t k = s.steps - 1; k >= 0; --k) {
+      line = first + k * plan.stride;
+      z = states + k * s.dims;
       const typename F::template Step<T> step(measured[k], line + numbers, dims);
       const typename F::template Back<T> back(step, weighed, grad_log_det, line + numbers, dims);
-      T* d_line = sums + (s.shared ? k : row * s.steps + k) * plan.stride;
+      const auto put = [&](int64_t at, T value) {
+        if (s.shared) {
+          sums[k * plan.stride + at] += value;
+        } else {
+          plan.d_table[(row * s.steps + k) * plan.stride + at] = value;
+        }
+      };
       sum = 0;
       for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
         T v[F::kVectors], d[F::kVectors];
@@ -219,18 +226,13 @@ __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
         const T g = F::pull(grad[c], z[c], back.shift, back.slope, v, d);
         grad[c] = g;
 #pragma unroll
-        for (int i = 0; i < F::kVectors; ++i) {
-          T& to = d_line[i * s.dims + c];
-          to = (s.shared ? to : T(0)) + d[i];
-        }
+        for (int i = 0; i < F::kVectors; ++i) put(i * s.dims + c, d[i]);
         if (k == 0) continue;
         read_vectors<F>(line - plan.stride, s.dims, c, v);
         sum += F::weigh(g, z[c - s.dims], v);
       }
-      if (lane_of_warp() < 2) {
-        T& to = d_line[numbers + lane_of_warp()];
-        to = (s.shared ? to : T(0)) + (lane_of_warp() == 0 ? back.numbers[0] : back.numbers[1]);
-      }
+      if (lane_of_warp() == 0) put(numbers, back.numbers[0]);
+      if (lane_of_warp() == 1) put(numbers + 1, back.numbers[1]);
       weighed = static_cast<T>(warp_sum(sum, kWarp));
     }
     for (int64_t c = lane_of_warp(); s.d_z != nullptr && c < s.dims; c += kWarp) {
@@ -256,9 +258,11 @@ __global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
   const int64_t part = s.steps * plan.stride;
   for (int64_t n = warp_of_grid(); n < plan.lines; n += warps_of_grid()) {
     const GivenLine<F, T, Stored> given{s, n};
-    T* sums = plan.d_table + n * plan.stride;
+    double* sums = plan.sums + n * plan.stride;
+    T* own = plan.d_table + n * plan.stride;
     double total = 0;
-    const auto add_parts = [&](int64_t at) {  // once: the first part becomes the sum
+    const auto add_parts = [&](int64_t at) {
+      if (!s.shared) return own[at];
       double sum = 0;
       for (int64_t p = 0; p < plan.parts; ++p) sum += sums[p * part + at];
       return static_cast<T>(sum);
@@ -269,7 +273,7 @@ __global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
 #pragma unroll
       for (int i = 0; i < F::kVectors; ++i) {
         d[i] = add_parts(i * s.dims + c);
-        sums[i * s.dims + c] = d[i];
+        if (s.shared) sums[i * s.dims + c] = d[i];  // the first part becomes the sum
       }
       total += F::line_gradient_term(d, v);
     }
@@ -280,7 +284,10 @@ __global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       T v[F::kVectors], d[F::kVectors];
       given.vectors(c, v);
-      read_vectors<F>(sums, s.dims, c, d);
+#pragma unroll
+      for (int i = 0; i < F::kVectors; ++i) {
+        d[i] = s.shared ? static_cast<T>(sums[i * s.dims + c]) : own[i * s.dims + c];
+      }
       const auto vectors = gradient.vectors(d, v);
 #pragma unroll
       for (int i = 0; i < F::kVectors; ++i) {
@@ -319,8 +326,8 @@ const char* run_flow(const FlowSweep& s, bool backward, void* lent, cudaStream_t
 
 template <class F>
 int64_t flow_scratch(const FlowSweep& s, bool backward) {
-  if (s.dtype != DType::kFloat64) return 4 * FlowPlan<F, float>(s, backward, nullptr).numbers;
-  return 8 * FlowPlan<F, double>(s, backward, nullptr).numbers;
+  if (s.dtype != DType::kFloat64) return FlowPlan<F, float>(s, backward, nullptr).bytes;
+  return FlowPlan<F, double>(s, backward, nullptr).bytes;
 }
 
 // Runs forward or backward on the stream, a cudaStream_t, without waiting for it. Null, or what

@@ -35,7 +35,7 @@ template <class T>
 struct Stretch {
   T gain, log;
   FASTVAE_HD Stretch(T f, T other) {
-    gain = f > T(-0.5) ? T(1) + f : other;
+    gain = f > T(-0.5) ? T(1) + f : math::max(math::Real<T>::kTiny, other);
     log = gain <= math::largest<T>() && f == f ? math::log_near(gain, f) : gain + f;
   }
 };
@@ -58,11 +58,12 @@ struct Planar {
 
     FASTVAE_HD Line(Values<T, 2> sums, const T* given) {
       const SoftplusOf<T> up(sums.v[0]), down(-sums.v[0]);  // softplus(x) - x = softplus(-x)
-      // Where w is 0 the step is a translation, and any u will do.
-      inverse_square = sums.v[1] == T(0) ? T(0) : T(1) / sums.v[1];
+      // Where w is 0, or its square is, the step is a translation, and any u will do.
+      const bool is_flat = sums.v[1] < math::Real<T>::kTiny;
+      inverse_square = is_flat ? T(0) : T(1) / sums.v[1];
       pull = (down.value - T(1)) * inverse_square;
       numbers[0] = given[0];
-      numbers[1] = sums.v[1] == T(0) ? T(1) : up.value;
+      numbers[1] = is_flat ? T(1) : up.value;
       slope = up.slope;
     }
     FASTVAE_HD Values<T, kVectors> vectors(const T* v) const {
@@ -80,9 +81,10 @@ struct Planar {
 
     FASTVAE_HD LineGradient(const Line<T>& line, T sum, const T* d_numbers) {
       pull = line.pull;
-      of_dot = (line.slope - T(1)) * line.inverse_square * sum;
+      const T relative = line.inverse_square * sum;  // first: the square of the inverse overflows
+      of_dot = (line.slope - T(1)) * relative;
       of_dot += line.inverse_square == T(0) ? T(0) : line.slope * d_numbers[1];
-      of_square = T(-2) * pull * line.inverse_square * sum;
+      of_square = T(-2) * pull * relative;
       given[0] = d_numbers[0];
     }
     FASTVAE_HD Values<T, kVectors> vectors(const T* d, const T* v) const {
@@ -163,8 +165,10 @@ struct Radial {
         numbers[i] = s.value;
         slopes[i] = s.slope;
       }
-      // so that h^2 is finite even in the centre
-      numbers[0] = numbers[0] < T(1e-12) ? T(1e-12) : numbers[0];
+      if (numbers[0] < T(1e-12)) {  // h^2 is finite even in the centre
+        numbers[0] = T(1e-12);
+        slopes[0] = T(0);
+      }
     }
     FASTVAE_HD Values<T, kVectors> vectors(const T* v) const { return {{v[0]}}; }
   };
@@ -189,14 +193,13 @@ struct Radial {
   template <class T>
   struct Step {
     T shift, log_det;
-    T r, h, b, gain, f, gain_along;  // b = g - a
+    T r, h, gain, f, gain_along;
 
     FASTVAE_HD Step(T measured, const T* numbers, T dims) {
       const T a = numbers[0], g = numbers[1];
       r = math::sqrt(measured);
       h = T(1) / (a + r);
-      b = g - a;
-      shift = b * h;
+      shift = (g - a) * h;
       f = shift * (a * h);
       const Stretch<T> across(shift, (r + g) * h);
       const Stretch<T> along(f, r * h * ((a + a + r) * h) + g * h * (a * h));
@@ -221,15 +224,17 @@ struct Radial {
     T numbers[2];
 
     FASTVAE_HD Back(const Step<T>& s, T weighed, T grad_log_det, const T* line, T dims) {
+      // In terms of a and g, not of their difference: where that is -a the digits of g are gone.
       const T grad_shift = weighed + grad_log_det * (dims - T(1)) / s.gain;
-      const T grad_f = grad_log_det / s.gain_along, ah = line[0] * s.h;
+      const T grad_f = grad_log_det / s.gain_along, g = line[1];
       const T of_r = -s.h * (s.shift * grad_shift + T(2) * s.f * grad_f);
-      const T of_b = s.h * (grad_shift + ah * grad_f);
-      const T of_a = of_r + s.shift * s.h * grad_f - of_b;
+      const T of_a = -s.h * (s.gain * grad_shift) +
+                     s.h * (grad_f * ((s.r + s.r + g) * s.h - T(2) * s.gain_along));
+      const T of_g = s.h * (grad_shift + line[0] * s.h * grad_f);
       shift = s.shift;
       slope = s.r == T(0) ? T(0) : of_r / s.r;
       numbers[0] = of_a;
-      numbers[1] = of_b;
+      numbers[1] = of_g;
     }
   };
   template <class T>

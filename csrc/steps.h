@@ -20,10 +20,10 @@
 
 namespace fastvae::cpu {
 
-inline constexpr int64_t kSumColumns = 32 * kLanes;  // summed in T, beyond in double
-inline constexpr int64_t kMaxChunks = 64;
-inline constexpr int kRows = 2 * kLanes;  // of a block
-inline constexpr int kGroup = 4;          // of them at once
+inline constexpr int64_t kSumColumns = 32 * kLanes;    // summed in T, beyond in double
+inline constexpr int64_t kMaxChunks = 64, kFold = 16;  // blocks added up before they join the sum
+inline constexpr int kRows = 2 * kLanes;               // of a block
+inline constexpr int kGroup = 4;                       // of them at once
 
 // What is done with an element. Each is a function of numbers: variables of a loop over lanes whose
 // address is taken keep it from being vectorised. A flow of one vector has it twice.
@@ -404,29 +404,34 @@ class FlowTask {
     const int64_t steps = s_.steps, all = blocks(s_), parts = chunks(s_), tile = kRows * width_;
     const auto lanes = [](int64_t n) { return static_cast<size_t>(n / kLanes); };
     std::vector<Lanes<T>> states(lanes(steps * tile)), gradients(lanes(tile)),
-        measures(lanes(steps * kRows)), unused;
+        measures(lanes(steps * kRows)), unused, folded(lanes(steps * stride_));
     if (!kShared) unused.resize(lanes(kRows * apart()));
     T* grad = gradients.data()->at;
     const auto line = [&](int64_t k) { return this->line<kShared>(k); };
     const auto at = [&](int64_t k) { return measures.data()->at + k * kRows; };
+    const auto z = [&](int64_t k) { return states.data()->at + k * tile; };  // before step k
     alignas(64) T shift[kRows], slope[kRows], weighed[kRows], grad_log_det[kRows];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      T* sums = d_table + chunk * steps * stride_;
+      T* total = d_table + chunk * steps * stride_;
+      T* sums = folded.data()->at;
+      if (kShared) std::fill_n(total, steps * stride_, T(0));
       if (kShared) std::fill_n(sums, steps * stride_, T(0));
-      for (int64_t block = chunk * all / parts; block < (chunk + 1) * all / parts; ++block) {
+      const int64_t first = chunk * all / parts, last = (chunk + 1) * all / parts;
+      for (int64_t block = first; block < last; ++block) {
         start(block);
-        T* z = states.data()->at;  // the state before step k
-        read_rows(s_.z, z);
-        advance<F, T, kShared, false>(z, z, width_, line(0), line(0), nullptr, at(0));
-        for (int64_t k = 0; k + 1 < steps; ++k, z += tile) {
+        read_rows(s_.z, z(0));
+        advance<F, T, kShared, false>(z(0), z(0), width_, line(0), line(0), nullptr, at(0));
+        for (int64_t k = 0; k + 1 < steps; ++k) {
           read_numbers<kShared>(k);
           take_steps<F, T, false>(at(k), numbers_, dims(), shift, nullptr);
-          advance<F, T, kShared, true>(z, z + tile, width_, line(k), line(k + 1), shift, at(k + 1));
+          advance<F, T, kShared, true>(z(k), z(k + 1), width_, line(k), line(k + 1), shift,
+                                       at(k + 1));
         }
         read_grads(grad, grad_log_det);
-        retreat<F, T, kShared, false>(grad, z, z, width_, line(steps - 1), line(steps - 1), nullptr,
-                                      nullptr, weighed, nullptr);
-        for (int64_t k = steps - 1; k >= 0; --k, z -= tile) {
+        const int64_t end_step = steps - 1;
+        retreat<F, T, kShared, false>(grad, z(end_step), z(end_step), width_, line(end_step),
+                                      line(end_step), nullptr, nullptr, weighed, sums);
+        for (int64_t k = end_step; k >= 0; --k) {
           read_numbers<kShared>(k);
           take_steps_back<F, T>(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope,
                                 d_numbers_);
@@ -434,8 +439,8 @@ class FlowTask {
           T* own = count_ < kRows ? unused.data()->at : d_table + first_ * steps * stride_;
           T* d_line = (kShared ? sums : own) + k * stride_;
           const int64_t before = std::max<int64_t>(k - 1, 0);  // of the first step nobody asks
-          retreat<F, T, kShared, true>(grad, z, z - (k - before) * tile, width_, line(k),
-                                       line(before), shift, slope, weighed, d_line);
+          retreat<F, T, kShared, true>(grad, z(k), z(before), width_, line(k), line(before), shift,
+                                       slope, weighed, d_line);
           for (int i = 0; i < 2; ++i) {
             for (int r = 0; r < count_; ++r) {
               T& to = d_line[(kShared ? 0 : r * apart()) + F::kVectors * width_ + i];
@@ -447,6 +452,10 @@ class FlowTask {
           std::copy_n(unused.data()->at, count_ * apart(), d_table + first_ * apart());
         }
         if (s_.d_z != nullptr) write_rows(grad, s_.d_z);
+        if (kShared && ((block - first) % kFold == kFold - 1 || block + 1 == last)) {
+          add_to(sums, steps * stride_, total);
+          std::fill_n(sums, steps * stride_, T(0));
+        }
       }
     }
   }

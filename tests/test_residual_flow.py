@@ -146,6 +146,65 @@ def test_radial_steps_are_invertible_whatever_alpha_and_beta(alpha: float, beta:
     assert log_det.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("planar_flow", (dot, 0.0)) for dot in (-60.0, -30.0, -18.0, -10.0, 40.0)),
+        *(("radial_flow", ab) for ab in ((0.0, -60.0), (20.0, -200.0), (5.0, -87.0), (-28.0, 0.0))),
+    ],
+    ids=str,
+)
+def test_op_and_twin_agree_where_a_step_all_but_folds(
+    name: str, settings: tuple[float, float], dtype: torch.dtype
+) -> None:
+    """At the point where it does; the twin serves torch.func and double backward."""
+    if name == "planar_flow":
+        w = torch.tensor([[0.6, -0.8, 0.0]])
+        inputs = [torch.zeros(1, 3), settings[0] * w, w, torch.zeros(1)]
+    else:
+        inputs = [torch.zeros(1, 3), torch.zeros(1, 3), *(torch.tensor([x]) for x in settings)]
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    results = []
+    for module in (fastvae, reference):
+        z, log_det = getattr(module, name)(*inputs)
+        gradients = torch.autograd.grad(z.sum() + log_det.sum(), inputs)
+        results.append((z, log_det, *gradients))
+    rtol = 2e-5 if dtype == torch.float32 else 1e-11
+    # past the smallest float32 the twin's clamp has no gradient, and the op's is finite
+    beyond = dtype == torch.float32 and settings in ((20.0, -200.0), (5.0, -87.0))
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
+        assert a.isfinite().all()
+        if k < 2 or not beyond:
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+
+
+def test_a_very_short_w_overflows_nowhere() -> None:
+    for size in (1e-10, 1e-17, 1e-20, 1e-25):
+        w = torch.tensor([[size, 0.0, 0.0]])
+        inputs = [torch.zeros(2, 3), torch.ones(1, 3), w, torch.zeros(1)]
+        inputs = [x.requires_grad_() for x in inputs]
+        z, log_det = fastvae.planar_flow(*inputs)
+        assert z.isfinite().all()
+        assert log_det.isfinite().all()
+        gradients = torch.autograd.grad(log_det.sum(), inputs)
+        assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_gradients_of_shared_lines_keep_their_digits_over_many_rows(name: str) -> None:
+    """Equal rows, whose sum errs the most: each rounding is the same."""
+    count = 400_000
+    given = [p.requires_grad_() for p in parameters(name, (2,), 1, dtype=torch.float32)]
+    z = torch.full((count, 1), 0.37)
+    outputs = getattr(fastvae, name)(z, *given)
+    found = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), given)
+    exact = [p.detach().double().requires_grad_() for p in given]
+    outputs = getattr(fastvae, name)(z[:1].double(), *exact)
+    for a, b in zip(found, torch.autograd.grad(sum(x.sum() for x in outputs), exact), strict=True):
+        torch.testing.assert_close(a.double(), count * b, rtol=1e-5, atol=1e-5 * count)
+
+
 def test_many_rows_and_their_split() -> None:
     """More blocks of rows than chunks that the gradients of shared lines are summed by."""
     given = [p.requires_grad_() for p in parameters("planar_flow", (3,), 5)]

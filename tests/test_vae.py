@@ -238,5 +238,6 @@ def test_what_cannot_be_built():
         models.VAE(4, posterior="spline")
     with pytest.raises(ValueError, match="must be that of a flow, got 4 and 'gaussian'"):
         models.VAE(4, flow_length=4)
-    with pytest.raises(ValueError, match="flow_length must be positive, got 0"):
-        models.VAE(4, posterior="planar", flow_length=0)
+    for length in (0, 2.5):
+        with pytest.raises(ValueError, match=f"must be a positive integer, got {length}"):
+            models.VAE(4, posterior="planar", flow_length=length)

@@ -26,7 +26,8 @@ def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Ten
         \hat u = u + \big(\operatorname{softplus}(w^\top u) - 1 - w^\top u\big)
         \frac{w}{\lVert w \rVert^2}, \qquad w^\top \hat u > -1.
 
-    Where :math:`w = 0` the step is a translation, and :math:`\hat u = u`.
+    Where :math:`\lVert w \rVert^2` is 0, or too small for a normal number of its type, the step is
+    a translation, and :math:`\hat u = u`.
 
     Args:
         z: ``[..., D]``.
@@ -38,7 +39,7 @@ def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Ten
         ``(z, log_det)``: ``[..., D]`` in the dtype of ``z``, and nats per row, ``[...]`` (float32
         for half types).
 
-    Nothing is stored of the steps between: backward walks them again, sixteen rows at a time.
+    Nothing is stored of the steps between: backward walks them again, a few rows at a time.
 
     Raises:
         TypeError: if a dtype is not floating, or they differ.

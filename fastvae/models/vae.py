@@ -84,8 +84,8 @@ class VAE(Model):
                 f"VAE: flow_length must be that of a flow, got {flow_length} and {posterior!r}"
             )
         steps = 0 if self.flow is None else 16 if flow_length is None else flow_length
-        if self.flow is not None and steps < 1:
-            raise ValueError(f"VAE: flow_length must be positive, got {steps}")
+        if self.flow is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"VAE: flow_length must be a positive integer, got {steps}")
         self.config = {
             "data_dim": data_dim,
             "latent_dim": latent_dim,

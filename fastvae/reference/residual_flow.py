@@ -14,35 +14,48 @@ __all__ = ["planar_flow", "radial_flow"]
 def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     x, u, w, b = _compute(z, u, w, b)
     dot, square = (w * u).sum(-1), (w * w).sum(-1)
-    flat = square == 0.0  # a translation, for which any u will do
+    tiny = torch.finfo(x.dtype).tiny
+    flat = square < tiny  # a translation, for which any u will do
     pull = (softplus(-dot, threshold=40.0) - 1.0) / torch.where(flat, 1.0, square)
     v = u + torch.where(flat, 0.0, pull).unsqueeze(-1) * w
-    excess = torch.where(flat, 0.0, softplus(dot, threshold=40.0) - 1.0)  # w.v
+    gain = torch.where(flat, 1.0, softplus(dot, threshold=40.0).clamp(min=tiny))  # 1 + w.v
     x, log_det = _begin(x, u)
     for k in range(u.shape[-2]):
         h = torch.tanh((w[..., k, :] * x).sum(-1) + b[..., k])
         x = x + v[..., k, :] * h.unsqueeze(-1)
-        log_det = log_det + torch.log1p((1.0 - h) * (1.0 + h) * excess[..., k])
+        slope = (1.0 - h) * (1.0 + h)
+        log_det = log_det + _log_stretch(slope * (gain[..., k] - 1.0), h * h + slope * gain[..., k])
     return x.to(z.dtype), log_det
 
 
 def radial_flow(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     x, center, alpha, beta = _compute(z, center, alpha, beta)
-    a, g = softplus(alpha, threshold=40.0).clamp(min=1e-12), softplus(beta, threshold=40.0)
+    a = softplus(alpha, threshold=40.0).clamp(min=1e-12)
+    g = softplus(beta, threshold=40.0).clamp(min=torch.finfo(x.dtype).tiny)
     x, log_det = _begin(x, center)
     if x.shape[-1] == 0:
         return x.to(z.dtype), log_det
     for k in range(center.shape[-2]):
-        d, a_k, b_k = x - center[..., k, :], a[..., k], (g - a)[..., k]
+        d, a_k, g_k = x - center[..., k, :], a[..., k], g[..., k]
         square = (d * d).sum(-1)
         inside = square == 0.0  # where the norm has no gradient
         r = torch.where(inside, 0.0, torch.where(inside, 1.0, square).sqrt())
         h = 1.0 / (a_k + r)
-        x = x + (b_k * h).unsqueeze(-1) * d
-        log_det = (
-            log_det + (x.shape[-1] - 1) * torch.log1p(b_k * h) + torch.log1p(b_k * a_k * h * h)
-        )
+        f = (g_k - a_k) * h
+        x = x + f.unsqueeze(-1) * d
+        along = r * h * ((2.0 * a_k + r) * h) + g_k * h * (a_k * h)
+        log_det = log_det + (x.shape[-1] - 1) * _log_stretch(f, (r + g_k) * h)
+        log_det = log_det + _log_stretch(f * (a_k * h), along)
     return x.to(z.dtype), log_det
+
+
+def _log_stretch(f: Tensor, other: Tensor) -> Tensor:
+    """``log(1 + f)``, where ``other`` is ``1 + f`` without cancelling when ``f`` is near -1."""
+    near = ~(f <= -0.5)
+    floor = other.clamp(min=torch.finfo(f.dtype).tiny)
+    return torch.where(
+        near, torch.log1p(torch.where(near, f, 0.0)), torch.log(torch.where(near, 1.0, floor))
+    )
 
 
 def _begin(x: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
