@@ -435,9 +435,11 @@ class FlowTask {
           read_numbers<kShared>(k);
           take_steps_back<F, T>(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope,
                                 d_numbers_);
-          // a block that is not full has nowhere to put what its padding gives
-          T* own = count_ < kRows ? unused.data()->at : d_table + first_ * steps * stride_;
-          T* d_line = (kShared ? sums : own) + k * stride_;
+          T* d_line = sums + k * stride_;
+          if constexpr (!kShared) {  // a block that is not full has nowhere to put its padding's
+            T* own = count_ < kRows ? unused.data()->at : d_table + first_ * steps * stride_;
+            d_line = own + k * stride_;
+          }
           const int64_t before = std::max<int64_t>(k - 1, 0);  // of the first step nobody asks
           retreat<F, T, kShared, true>(grad, z(k), z(before), width_, line(k), line(before), shift,
                                        slope, weighed, d_line);
