@@ -60,6 +60,14 @@ OperatorHandle twin(const Op& op) {
 
 void push(Stack& stack, const Tensor& x) { stack.push_back(x.defined() ? IValue(x) : IValue()); }
 
+// All that an op takes beyond its gradients: tensors, the missing ones absent, and settings.
+void push_arguments(Stack& stack, const Op& op, const variable_list& inputs, Settings settings,
+                    const Tensor* kept = nullptr) {
+  for (size_t i = 0; i < op.tensors; ++i) push(stack, i < inputs.size() ? inputs[i] : Tensor());
+  if (kept != nullptr) push(stack, *kept);
+  stack.insert(stack.end(), settings.begin(), settings.end());
+}
+
 Tensor tensor_of(const IValue& x) { return x.isNone() ? Tensor() : x.toTensor(); }
 
 // The tensors that an op was given: what is absent at their end is left out.
@@ -75,28 +83,23 @@ Settings settings_of(const Op& op, const Stack& stack) {
   return Settings(stack).slice(stack.size() - op.settings);
 }
 
-variable_list take_outputs(Stack& stack, size_t count) {
+variable_list outputs_of(const Stack& stack) {
   variable_list outputs;
-  outputs.reserve(count);
-  for (auto x = stack.end() - static_cast<int64_t>(count); x != stack.end(); ++x) {
-    outputs.push_back(x->isNone() ? Tensor() : std::move(*x).toTensor());
-  }
-  torch::jit::drop(stack, count);
+  outputs.reserve(stack.size());
+  for (const IValue& x : stack) outputs.push_back(tensor_of(x));
   return outputs;
 }
 
-// ---- gradients
-// ------------------------------------------------------------------------------------
+// ---- gradients ----------------------------------------------------------------------------------
 
 // d outputs / d inputs of the twin, itself differentiable. Undefined where not wanted.
 variable_list reference_backward(const Op& op, const variable_list& grads,
                                  const variable_list& inputs, Settings settings,
                                  const std::vector<bool>& wanted) {
   Stack stack;
-  for (size_t i = 0; i < op.tensors; ++i) push(stack, i < inputs.size() ? inputs[i] : Tensor());
-  stack.insert(stack.end(), settings.begin(), settings.end());
+  push_arguments(stack, op, inputs, settings);
   twin(op).callBoxed(stack);
-  const variable_list twins = take_outputs(stack, stack.size());
+  const variable_list twins = outputs_of(stack);
   variable_list outputs, output_grads, wanted_inputs, result(inputs.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!grads[i].defined()) continue;
@@ -121,16 +124,14 @@ variable_list call_backward(const Op& op, const variable_list& grads, const vari
   Stack stack;
   stack.reserve(grads.size() + op.tensors + op.settings + 2);
   for (const Tensor& grad : grads) push(stack, grad);
-  for (size_t i = 0; i < op.tensors; ++i) push(stack, i < inputs.size() ? inputs[i] : Tensor());
-  if (op.backward_takes_kept) push(stack, kept);
-  stack.insert(stack.end(), settings.begin(), settings.end());
+  push_arguments(stack, op, inputs, settings, op.backward_takes_kept ? &kept : nullptr);
   c10::List<bool> mask;
   for (size_t i = 0; i < op.backward.schema().returns().size(); ++i) {
     mask.push_back(i < wanted.size() && wanted[i]);
   }
   stack.emplace_back(std::move(mask));
   op.backward.callBoxed(stack);
-  variable_list result = take_outputs(stack, stack.size());
+  variable_list result = outputs_of(stack);
   result.resize(inputs.size());
   return result;
 }

@@ -216,9 +216,7 @@ void RowOp::launch(const CompiledFormula& formula, Sweep& sweep) const {
   }
 #ifdef FASTVAE_CUDA
   if (!is_cpu) {
-    const c10::cuda::CUDAGuard guard(inputs_[0].device());
-    const char* error = formula.on_cuda(sweep, c10::cuda::getCurrentCUDAStream().stream());
-    TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
+    launch_on_cuda(name_, inputs_[0], [&](void* stream) { return formula.on_cuda(sweep, stream); });
     return;
   }
 #endif

@@ -51,6 +51,16 @@ DType dtype_of(const Tensor& x);
 // A new tensor, of huge pages if it is large.
 Tensor allocate(c10::SymIntArrayRef shape, at::TensorOptions options);
 
+#ifdef FASTVAE_CUDA
+// Calls launch(stream), which says what CUDA complains of, on the device of x.
+template <class Launch>
+void launch_on_cuda(const char* op, const Tensor& x, const Launch& launch) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const char* error = launch(c10::cuda::getCurrentCUDAStream().stream());
+  TORCH_CHECK(error == nullptr, "fastvae::", op, ": CUDA launch failed: ", error);
+}
+#endif
+
 // A formula compiled for every device, as RowOp launches it.
 struct CompiledFormula {
   const cpu::Kernel& on_cpu;
@@ -235,22 +245,22 @@ struct RowSumOp<Sum, std::index_sequence<I...>> {
   }
 };
 
-// The arguments of a sum over rows, as its schemas have them.
-template <class Term>
-struct RowSumSchema {
+// The arguments of an op of named tensors, Op::kArguments, as its schemas have them.
+template <class Op>
+struct TensorsSchema {
   std::string inputs, gradients, wanted;
-  RowSumSchema() {
-    for (const char* name : Term::kArguments) {
+  TensorsSchema() {
+    for (const char* name : Op::kArguments) {
       inputs += std::string(inputs.empty() ? "" : ", ") + "Tensor " + name;
       gradients += gradients.empty() ? "Tensor" : ", Tensor";
     }
-    wanted = "bool[" + std::to_string(Term::kInputs) + "] wanted";
+    wanted = "bool[" + std::to_string(Op::kInputs) + "] wanted";
   }
 };
 
 template <class Sum>
 void define_row_sum(torch::Library& m) {
-  const RowSumSchema<typename Sum::term> s;
+  const TensorsSchema<typename Sum::term> s;
   define<RowSumOp<Sum>>(
       m, "(" + s.inputs + ") -> Tensor",
       "(Tensor grad, " + s.inputs + ", Tensor? kept, " + s.wanted + ") -> (" + s.gradients + ")",
@@ -307,7 +317,7 @@ struct ScaledRowSum {
 
 template <template <class> class Sum, class First, class... Maps>
 void define_row_sum(torch::Library& m) {
-  const RowSumSchema<typename Sum<First>::term> s;
+  const TensorsSchema<typename Sum<First>::term> s;
   const std::string setting = std::string("str parameterization=\"") + First::kName + "\"";
   define<typename ScaledRowSum<Sum, First, Maps...>::Op>(
       m, "(" + s.inputs + ", " + setting + ") -> Tensor",

@@ -47,9 +47,8 @@ class LogMeanExpOp : public RowOp {
     if (sweep.rows() == 0) return;
 #ifdef FASTVAE_CUDA
     if (!inputs_[0].is_cpu()) {
-      const c10::cuda::CUDAGuard guard(inputs_[0].device());
-      const char* error = cuda::sweep_rows<F>(sweep, c10::cuda::getCurrentCUDAStream().stream());
-      TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
+      launch_on_cuda(name_, inputs_[0],
+                     [&](void* stream) { return cuda::sweep_rows<F>(sweep, stream); });
       return;
     }
 #endif

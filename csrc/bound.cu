@@ -64,17 +64,11 @@ const char* reduce_rows(const Sweep& sweep, cudaStream_t stream) {
 template <class F>
 const char* reduce_rows(const Sweep& sweep, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (sweep.dtype) {
-    case DType::kFloat32:
-      return reduce_rows<F, float, float>(sweep, cuda_stream);
-    case DType::kFloat64:
-      return reduce_rows<F, double, double>(sweep, cuda_stream);
-    case DType::kBFloat16:
-      return reduce_rows<F, float, BFloat16>(sweep, cuda_stream);
-    case DType::kFloat16:
-      return reduce_rows<F, float, Float16>(sweep, cuda_stream);
-  }
-  return "unknown dtype";
+  const char* error = "unknown dtype";
+  with_types(sweep.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    error = reduce_rows<F, T, Stored>(sweep, cuda_stream);
+  });
+  return error;
 }
 
 template <>

@@ -30,9 +30,8 @@ class CategoryOp : public RowOp {
 #ifdef FASTVAE_CUDA
     if constexpr (!F::shape.cpu_only) {
       if (!inputs_[0].is_cpu()) {
-        const c10::cuda::CUDAGuard guard(inputs_[0].device());
-        const char* error = cuda::sweep_rows<F>(sweep, c10::cuda::getCurrentCUDAStream().stream());
-        TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
+        launch_on_cuda(name_, inputs_[0],
+                       [&](void* stream) { return cuda::sweep_rows<F>(sweep, stream); });
         return;
       }
     }

@@ -441,17 +441,11 @@ const char* sweep_categories(const Sweep& sweep, cudaStream_t stream) {
 template <class Family, class F>
 const char* sweep_categories(const Sweep& sweep, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (sweep.dtype) {
-    case DType::kFloat32:
-      return sweep_categories<Family, F, float, float>(sweep, cuda_stream);
-    case DType::kFloat64:
-      return sweep_categories<Family, F, double, double>(sweep, cuda_stream);
-    case DType::kBFloat16:
-      return sweep_categories<Family, F, float, BFloat16>(sweep, cuda_stream);
-    case DType::kFloat16:
-      return sweep_categories<Family, F, float, Float16>(sweep, cuda_stream);
-  }
-  return "unknown dtype";
+  const char* error = "unknown dtype";
+  with_types(sweep.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    error = sweep_categories<Family, F, T, Stored>(sweep, cuda_stream);
+  });
+  return error;
 }
 
 #define FASTVAE_SWEEP_CATEGORIES(Family, F)                     \

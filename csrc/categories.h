@@ -365,16 +365,8 @@ class CategorySweep {
 // Runs a method of the sweep for the dtype at hand.
 template <class Run>
 void sweep_categories(const Sweep& s, const Run& run) {
-  switch (s.dtype) {
-    case DType::kFloat32:
-      return run(CategorySweep<float, float>(s));
-    case DType::kFloat64:
-      return run(CategorySweep<double, double>(s));
-    case DType::kBFloat16:
-      return run(CategorySweep<float, BFloat16>(s));
-    case DType::kFloat16:
-      return run(CategorySweep<float, Float16>(s));
-  }
+  with_types(s.dtype,
+             [&]<class T, class Stored>(Types<T, Stored>) { run(CategorySweep<T, Stored>(s)); });
 }
 
 }  // namespace fastvae::cpu

@@ -157,23 +157,13 @@ class TriangleOp {
   void launch(const TriangleSweep& sweep, bool backward) const {
 #ifdef FASTVAE_CUDA
     if (mu_.is_cuda()) {
-      const c10::cuda::CUDAGuard guard(mu_.device());
-      const char* error =
-          cuda::sweep_triangles(sweep, backward, c10::cuda::getCurrentCUDAStream().stream());
-      TORCH_CHECK(error == nullptr, "fastvae::", kName, ": CUDA launch failed: ", error);
+      launch_on_cuda(kName, mu_,
+                     [&](void* stream) { return cuda::sweep_triangles(sweep, backward, stream); });
       return;
     }
 #endif
-    switch (sweep.dtype) {
-      case DType::kFloat32:
-        return run<float, float>(sweep, backward);
-      case DType::kFloat64:
-        return run<double, double>(sweep, backward);
-      case DType::kBFloat16:
-        return run<float, BFloat16>(sweep, backward);
-      case DType::kFloat16:
-        return run<float, Float16>(sweep, backward);
-    }
+    with_types(sweep.dtype,
+               [&]<class T, class Stored>(Types<T, Stored>) { run<T, Stored>(sweep, backward); });
   }
 
   template <class T, class Stored>

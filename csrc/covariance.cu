@@ -146,17 +146,11 @@ const char* run_triangles(const TriangleSweep& s, bool backward, cudaStream_t st
 // CUDA says.
 const char* sweep_triangles(const TriangleSweep& s, bool backward, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (s.dtype) {
-    case DType::kFloat32:
-      return run_triangles<float, float>(s, backward, cuda_stream);
-    case DType::kFloat64:
-      return run_triangles<double, double>(s, backward, cuda_stream);
-    case DType::kBFloat16:
-      return run_triangles<float, BFloat16>(s, backward, cuda_stream);
-    case DType::kFloat16:
-      return run_triangles<float, Float16>(s, backward, cuda_stream);
-  }
-  return "unknown dtype";
+  const char* error = "unknown dtype";
+  with_types(s.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    error = run_triangles<T, Stored>(s, backward, cuda_stream);
+  });
+  return error;
 }
 
 }  // namespace fastvae::cuda

@@ -187,16 +187,9 @@ void reduce_rows(const Sweep& s, int64_t begin, int64_t end) {
 
 template <class F>
 void reduce_rows(const Sweep& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case DType::kFloat32:
-      return reduce_rows<F, float, float>(s, begin, end);
-    case DType::kFloat64:
-      return reduce_rows<F, double, double>(s, begin, end);
-    case DType::kBFloat16:
-      return reduce_rows<F, float, BFloat16>(s, begin, end);
-    case DType::kFloat16:
-      return reduce_rows<F, float, Float16>(s, begin, end);
-  }
+  with_types(s.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    reduce_rows<F, T, Stored>(s, begin, end);
+  });
 }
 
 }  // namespace fastvae::cpu

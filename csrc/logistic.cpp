@@ -248,9 +248,8 @@ class PixelOp {
     if (p.pixels() == 0) return;
 #ifdef FASTVAE_CUDA
     if (inputs_[0].is_cuda()) {
-      const c10::cuda::CUDAGuard guard(inputs_[0].device());
-      const char* error = cuda::sweep_pixels(p, c10::cuda::getCurrentCUDAStream().stream());
-      TORCH_CHECK(error == nullptr, "fastvae::", kName, ": CUDA launch failed: ", error);
+      launch_on_cuda(kName, inputs_[0],
+                     [&](void* stream) { return cuda::sweep_pixels(p, stream); });
       return;
     }
 #endif

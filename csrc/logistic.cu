@@ -201,17 +201,11 @@ const char* launch_pixels(const PixelMixture& p, cudaStream_t stream) {
 // for it. Null, or what CUDA says.
 const char* sweep_pixels(const PixelMixture& p, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch_pixels<float, float>(p, cuda_stream);
-    case DType::kFloat64:
-      return launch_pixels<double, double>(p, cuda_stream);
-    case DType::kBFloat16:
-      return launch_pixels<float, BFloat16>(p, cuda_stream);
-    case DType::kFloat16:
-      return launch_pixels<float, Float16>(p, cuda_stream);
-  }
-  return "unknown dtype";
+  const char* error = "unknown dtype";
+  with_types(p.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    error = launch_pixels<T, Stored>(p, cuda_stream);
+  });
+  return error;
 }
 
 }  // namespace fastvae::cuda

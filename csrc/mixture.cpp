@@ -183,12 +183,10 @@ class PairOp {
   void launch(Pairing& p, bool backward) {
 #ifdef FASTVAE_CUDA
     if (z_.is_cuda()) {
-      const c10::cuda::CUDAGuard guard(z_.device());
       const Tensor scratch = allocate({cuda::scratch_bytes(p)}, z_.options().dtype(at::kByte));
       p.scratch = scratch.mutable_data_ptr();
-      const char* error =
-          cuda::sweep_pairs(p, backward, c10::cuda::getCurrentCUDAStream().stream());
-      TORCH_CHECK(error == nullptr, "fastvae::", name_, ": CUDA launch failed: ", error);
+      launch_on_cuda(name_, z_,
+                     [&](void* stream) { return cuda::sweep_pairs(p, backward, stream); });
       return;
     }
 #endif

@@ -423,16 +423,9 @@ void sweep_pixels(const PixelMixture& p, int64_t begin, int64_t end) {
 
 // Blocks begin..end of sixteen pixels: forward, or backward if there is a gradient.
 inline void sweep_pixels(const PixelMixture& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return sweep_pixels<float, float>(p, begin, end);
-    case DType::kFloat64:
-      return sweep_pixels<double, double>(p, begin, end);
-    case DType::kBFloat16:
-      return sweep_pixels<float, BFloat16>(p, begin, end);
-    case DType::kFloat16:
-      return sweep_pixels<float, Float16>(p, begin, end);
-  }
+  with_types(p.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    sweep_pixels<T, Stored>(p, begin, end);
+  });
 }
 
 }  // namespace fastvae::cpu

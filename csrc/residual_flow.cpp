@@ -26,27 +26,28 @@ template <class F>
 class FlowOp {
  public:
   // z, then the vectors of lines, then their numbers
-  static constexpr int kParameters = F::kVectors + F::kGiven, kInputs = 1 + kParameters;
+  static constexpr int kInputs = F::kInputs;
   using Inputs = std::array<Tensor, kInputs>;
 
   explicit FlowOp(const Inputs& inputs) {
     const Argument first{"z", inputs[0]};
     check_input(F::kName, first, first);
-    for (int i = 1; i < kInputs; ++i) check_input(F::kName, {name(i), inputs[i]}, first);
+    for (int i = 1; i < kInputs; ++i) check_input(F::kName, {F::kArguments[i], inputs[i]}, first);
     const auto z = inputs[0].sym_sizes();
     const auto given = inputs[1].sym_sizes();
     TORCH_CHECK_VALUE(given.size() > 1 && given.back() == z.back(), "fastvae::", F::kName, ": ",
-                      name(1), " must be [..., K, D] for the D of z, got ", given, " and ", z);
+                      F::kArguments[1], " must be [..., K, D] for the D of z, got ", given, " and ",
+                      z);
     lines_.assign(given.begin(), given.end() - 1);
-    TORCH_CHECK_VALUE(lines_.back() > 0, "fastvae::", F::kName, ": ", name(1),
+    TORCH_CHECK_VALUE(lines_.back() > 0, "fastvae::", F::kName, ": ", F::kArguments[1],
                       " must have at least one step, got ", given);
     for (int i = 2; i < kInputs; ++i) {
       const bool is_vector = i <= F::kVectors;
       const auto sizes = inputs[i].sym_sizes();
       TORCH_CHECK_VALUE(sizes == (is_vector ? given : c10::SymIntArrayRef(lines_)),
-                        "fastvae::", F::kName, ": ", name(i), " must have the shape of ", name(1),
-                        is_vector ? "" : " without its last dimension", ", got ", sizes, " and ",
-                        given);
+                        "fastvae::", F::kName, ": ", F::kArguments[i], " must have the shape of ",
+                        F::kArguments[1], is_vector ? "" : " without its last dimension", ", got ",
+                        sizes, " and ", given);
     }
     rows_.assign(z.begin(), z.end() - 1);
     shared_ = lines_.size() == 1;
@@ -55,7 +56,7 @@ class FlowOp {
       try {
         rows_ = at::infer_size_symdimvector(rows_, leading);
       } catch (const c10::Error&) {
-        TORCH_CHECK_VALUE(false, "fastvae::", F::kName, ": ", name(1),
+        TORCH_CHECK_VALUE(false, "fastvae::", F::kName, ": ", F::kArguments[1],
                           " must broadcast with z in its leading dimensions, got ", given, " and ",
                           z);
       }
@@ -112,8 +113,6 @@ class FlowOp {
   }
 
  private:
-  static const char* name(int i) { return F::kArguments[i - 1]; }
-
   FlowSweep lay_out() {
     for (Tensor& x : inputs_) x = x.contiguous();
     FlowSweep s;
@@ -132,25 +131,16 @@ class FlowOp {
   void launch(const FlowSweep& sweep, bool backward) const {
 #ifdef FASTVAE_CUDA
     if (inputs_[0].is_cuda()) {
-      const c10::cuda::CUDAGuard guard(inputs_[0].device());
-      const Tensor scratch = at::empty({cuda::flow_scratch<F>(sweep, backward)},
-                                       inputs_[0].options().dtype(at::kByte));
-      const char* error = cuda::sweep_flow<F>(sweep, backward, scratch.mutable_data_ptr(),
-                                              c10::cuda::getCurrentCUDAStream().stream());
-      TORCH_CHECK(error == nullptr, "fastvae::", F::kName, ": CUDA launch failed: ", error);
+      const Tensor scratch =
+          allocate({cuda::flow_scratch<F>(sweep, backward)}, inputs_[0].options().dtype(at::kByte));
+      launch_on_cuda(F::kName, inputs_[0], [&](void* stream) {
+        return cuda::sweep_flow<F>(sweep, backward, scratch.mutable_data_ptr(), stream);
+      });
       return;
     }
 #endif
-    switch (sweep.dtype) {
-      case DType::kFloat32:
-        return run<float, float>(sweep, backward);
-      case DType::kFloat64:
-        return run<double, double>(sweep, backward);
-      case DType::kBFloat16:
-        return run<float, BFloat16>(sweep, backward);
-      case DType::kFloat16:
-        return run<float, Float16>(sweep, backward);
-    }
+    with_types(sweep.dtype,
+               [&]<class T, class Stored>(Types<T, Stored>) { run<T, Stored>(sweep, backward); });
   }
 
   template <class T, class Stored>
@@ -187,7 +177,7 @@ class FlowOp {
   bool shared_;
 };
 
-template <class F, class Indices = std::make_index_sequence<FlowOp<F>::kInputs>>
+template <class F, class Indices = std::make_index_sequence<F::kInputs>>
 struct DefinedFlow;
 template <class F, size_t... I>
 struct DefinedFlow<F, std::index_sequence<I...>> {
@@ -209,15 +199,10 @@ struct DefinedFlow<F, std::index_sequence<I...>> {
 
 template <class F>
 void define_flow(torch::Library& m) {
-  std::string inputs = "Tensor z", gradients = "Tensor";
-  for (const char* name : F::kArguments) {
-    inputs += std::string(", Tensor ") + name;
-    gradients += ", Tensor";
-  }
-  define<DefinedFlow<F>>(m, "(" + inputs + ") -> (Tensor z, Tensor log_det)",
-                         "(Tensor? grad_z, Tensor? grad_log_det, " + inputs + ", bool[" +
-                             std::to_string(FlowOp<F>::kInputs) + "] wanted) -> (" + gradients +
-                             ")");
+  const TensorsSchema<F> schema;
+  define<DefinedFlow<F>>(m, "(" + schema.inputs + ") -> (Tensor z, Tensor log_det)",
+                         "(Tensor? grad_z, Tensor? grad_log_det, " + schema.inputs + ", " +
+                             schema.wanted + ") -> (" + schema.gradients + ")");
 }
 
 }  // namespace

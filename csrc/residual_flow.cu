@@ -21,8 +21,8 @@ inline constexpr int64_t kSumWarps = 512, kRowWarps = 8192;
 template <class F, class T>
 struct FlowPlan {
   FlowSweep s;
-  int64_t stride, lines, warps, parts;  // a line in the table; how many; warps; parts of a sum
-  double* sums;                         // of shared lines, of each warp
+  int64_t stride, lines, warps;  // a line in the table; how many; warps at work
+  double* sums;                  // of shared lines, of each warp
   T *table, *states, *measured, *grads, *d_table;
   int64_t bytes;
 
@@ -30,8 +30,7 @@ struct FlowPlan {
       : s(sweep),
         stride(F::kVectors * s.dims + 2),
         lines(s.line_count()),
-        warps(std::min(s.rows, backward && s.shared ? kSumWarps : kRowWarps)),
-        parts(s.shared ? warps : 1) {
+        warps(std::min(s.rows, backward && s.shared ? kSumWarps : kRowWarps)) {
     bytes = 0;
     const auto lend = [&](auto*& to, int64_t n) {
       to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(
@@ -264,7 +263,7 @@ __global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
     const auto add_parts = [&](int64_t at) {
       if (!s.shared) return own[at];
       double sum = 0;
-      for (int64_t p = 0; p < plan.parts; ++p) sum += sums[p * part + at];
+      for (int64_t p = 0; p < plan.warps; ++p) sum += sums[p * part + at];
       return static_cast<T>(sum);
     };
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
@@ -335,17 +334,11 @@ int64_t flow_scratch(const FlowSweep& s, bool backward) {
 template <class F>
 const char* sweep_flow(const FlowSweep& s, bool backward, void* lent, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (s.dtype) {
-    case DType::kFloat32:
-      return run_flow<F, float, float>(s, backward, lent, cuda_stream);
-    case DType::kFloat64:
-      return run_flow<F, double, double>(s, backward, lent, cuda_stream);
-    case DType::kBFloat16:
-      return run_flow<F, float, BFloat16>(s, backward, lent, cuda_stream);
-    case DType::kFloat16:
-      return run_flow<F, float, Float16>(s, backward, lent, cuda_stream);
-  }
-  return "unknown dtype";
+  const char* error = "unknown dtype";
+  with_types(s.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    error = run_flow<F, T, Stored>(s, backward, lent, cuda_stream);
+  });
+  return error;
 }
 
 template int64_t flow_scratch<Planar>(const FlowSweep&, bool);

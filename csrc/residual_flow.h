@@ -14,21 +14,16 @@
 // an element; and the same backwards. Engines (steps.h, residual_flow.cu) sum what is measured.
 #pragma once
 
+#include "scale.h"
 #include "sweep.h"
 
 namespace fastvae {
 
-// log(1 + e^x) and its derivative.
+// log(1 + e^x), above 0 also where e^x is not: a step may come as close to singular as T knows.
 template <class T>
-struct SoftplusOf {
-  T value, slope;
-  explicit FASTVAE_HD SoftplusOf(T x) {
-    const T t = math::exp_nonpositive(-math::abs(x));
-    // above 0 also where e^x is not: a step may come as close to singular as the type knows
-    value = math::max(math::Real<T>::kTiny, math::max(T(0), x) + math::log1p_unit(t));
-    slope = math::sigmoid(x, t);
-  }
-};
+FASTVAE_HD T positive(T x) {
+  return math::max(math::Real<T>::kTiny, Softplus::sigma(x));
+}
 
 // What a step stretches by, 1 + f, which is also `other` without cancelling where f is near -1.
 template <class T>
@@ -42,8 +37,9 @@ struct Stretch {
 
 struct Planar {
   static constexpr const char* kName = "planar_flow";
-  static constexpr const char* kArguments[] = {"u", "w", "b"};
+  static constexpr const char* kArguments[] = {"z", "u", "w", "b"};
   static constexpr int kVectors = 2, kGiven = 1;  // of a line: u, w; and numbers as given, b
+  static constexpr int kInputs = 1 + kVectors + kGiven;
 
   // ---- a line -------------------------------------------------------------------------------
   template <class T>
@@ -57,14 +53,14 @@ struct Planar {
     T inverse_square, slope;
 
     FASTVAE_HD Line(Values<T, 2> sums, const T* given) {
-      const SoftplusOf<T> up(sums.v[0]), down(-sums.v[0]);  // softplus(x) - x = softplus(-x)
+      const T dot = sums.v[0];
       // Where w is 0, or its square is, the step is a translation, and any u will do.
       const bool is_flat = sums.v[1] < math::Real<T>::kTiny;
       inverse_square = is_flat ? T(0) : T(1) / sums.v[1];
-      pull = (down.value - T(1)) * inverse_square;
+      pull = (Softplus::sigma(-dot) - T(1)) * inverse_square;  // softplus(x) - x = softplus(-x)
       numbers[0] = given[0];
-      numbers[1] = is_flat ? T(1) : up.value;
-      slope = up.slope;
+      numbers[1] = is_flat ? T(1) : positive(dot);
+      slope = Softplus::d_sigma(dot);
     }
     FASTVAE_HD Values<T, kVectors> vectors(const T* v) const {
       return {{v[0] + pull * v[1], v[1]}};
@@ -147,8 +143,8 @@ struct Planar {
 
 struct Radial {
   static constexpr const char* kName = "radial_flow";
-  static constexpr const char* kArguments[] = {"center", "alpha", "beta"};
-  static constexpr int kVectors = 1, kGiven = 2;
+  static constexpr const char* kArguments[] = {"z", "center", "alpha", "beta"};
+  static constexpr int kVectors = 1, kGiven = 2, kInputs = 1 + kVectors + kGiven;
 
   template <class T>
   static FASTVAE_HD Values<T, 2> line_terms(const T*) {
@@ -161,9 +157,8 @@ struct Radial {
 
     FASTVAE_HD Line(Values<T, 2>, const T* given) {
       for (int i = 0; i < 2; ++i) {
-        const SoftplusOf<T> s(given[i]);
-        numbers[i] = s.value;
-        slopes[i] = s.slope;
+        numbers[i] = positive(given[i]);
+        slopes[i] = Softplus::d_sigma(given[i]);
       }
       if (numbers[0] < T(1e-12)) {  // h^2 is finite even in the centre
         numbers[0] = T(1e-12);

@@ -195,16 +195,9 @@ void sweep_units(const Kernel& kernel, const Sweep& s, int64_t begin, int64_t en
 }  // namespace
 
 void sweep_units(const Kernel& kernel, const Sweep& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case DType::kFloat32:
-      return sweep_units<float, float>(kernel, s, begin, end);
-    case DType::kFloat64:
-      return sweep_units<double, double>(kernel, s, begin, end);
-    case DType::kBFloat16:
-      return sweep_units<float, BFloat16>(kernel, s, begin, end);
-    case DType::kFloat16:
-      return sweep_units<float, Float16>(kernel, s, begin, end);
-  }
+  with_types(s.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    sweep_units<T, Stored>(kernel, s, begin, end);
+  });
 }
 
 void add_segments(const Sweep& s) {

@@ -448,17 +448,11 @@ const char* sweep_rows(const Sweep& sweep, cudaStream_t stream) {
 template <class F>
 const char* sweep_rows(const Sweep& sweep, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (sweep.dtype) {
-    case DType::kFloat32:
-      return sweep_rows<F, float, float>(sweep, cuda_stream);
-    case DType::kFloat64:
-      return sweep_rows<F, double, double>(sweep, cuda_stream);
-    case DType::kBFloat16:
-      return sweep_rows<F, float, BFloat16>(sweep, cuda_stream);
-    case DType::kFloat16:
-      return sweep_rows<F, float, Float16>(sweep, cuda_stream);
-  }
-  return "unknown dtype";
+  const char* error = "unknown dtype";
+  with_types(sweep.dtype, [&]<class T, class Stored>(Types<T, Stored>) {
+    error = sweep_rows<F, T, Stored>(sweep, cuda_stream);
+  });
+  return error;
 }
 
 }  // namespace fastvae::cuda

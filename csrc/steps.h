@@ -61,6 +61,20 @@ struct LineOf {
   FASTVAE_HD const T* row(int r) const { return kShared ? first : first + r * apart; }
 };
 
+// Sixteen columns of a line's vectors; of one vector, twice.
+template <class T>
+struct VectorLanes {
+  Lanes<T> first, second;
+
+  FASTVAE_HD void load(const T* line, int64_t apart) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      first.at[l] = line[l];
+      second.at[l] = line[apart + l];
+    }
+  }
+};
+
 // The sums of a block of rows: of all their columns at once, or piece by piece in double.
 template <class T>
 class RowSums {
@@ -95,33 +109,24 @@ FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared>
   for (int64_t first = 0; first < width; first += kSumColumns) {
     const int64_t last = std::min(width, first + kSumColumns);
     for (int r = 0; r < kRows; r += kGroup) {
-      const T *x = z + r * width, *v[kGroup], *n[kGroup];
+      const T* x = z + r * width;
       T *y = to + r * width, by[kGroup];
-      for (int j = 0; j < kGroup; ++j) {
-        v[j] = line.row(r + j);
-        n[j] = next.row(r + j);
-        by[j] = kMoves ? shift[r + j] : T(0);
-      }
+      for (int j = 0; j < kGroup; ++j) by[j] = kMoves ? shift[r + j] : T(0);
       Lanes<T> sums[kGroup] = {};
       for (int64_t c = first; c < last; c += kLanes) {
-        Lanes<T> v0, v1, n0, n1;
+        VectorLanes<T> v, n;
 #pragma GCC unroll 4
         for (int j = 0; j < kGroup; ++j) {
           if (j == 0 || !kShared) {
-#pragma omp simd
-            for (int l = 0; l < kLanes; ++l) {
-              v0.at[l] = v[j][c + l];
-              v1.at[l] = v[j][second + c + l];
-              n0.at[l] = n[j][c + l];
-              n1.at[l] = n[j][second + c + l];
-            }
+            v.load(line.row(r + j) + c, second);
+            n.load(next.row(r + j) + c, second);
           }
           const int64_t at = j * width + c;
 #pragma omp simd
           for (int l = 0; l < kLanes; ++l) {
             T value = x[at + l];
-            if (kMoves) y[at + l] = value = moved<F>(value, by[j], v0.at[l], v1.at[l]);
-            sums[j].at[l] += measure<F>(value, n0.at[l], n1.at[l]);
+            if (kMoves) y[at + l] = value = moved<F>(value, by[j], v.first.at[l], v.second.at[l]);
+            sums[j].at[l] += measure<F>(value, n.first.at[l], n.second.at[l]);
           }
         }
       }
@@ -132,9 +137,8 @@ FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared>
 }
 
 // The gradient goes back through a step from z along `line`; what the step before, from `z_before`
-// along `before`, weighs of it goes to `weighed`. The gradient of row r's vectors goes to d_line +
-// r
-// * line.apart; or that of all rows is added to d_line, if they share it.
+// along `before`, weighs of it goes to `weighed`. The gradient of the vectors of row r goes to
+// d_line, r line.apart further; or that of all rows is added to d_line, if they share it.
 template <class F, class T, bool kShared, bool kPulls>
 FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t width,
                             LineOf<T, kShared> line, LineOf<T, kShared> before, const T* shift,
@@ -144,27 +148,21 @@ FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t widt
   for (int64_t first = 0; first < width; first += kSumColumns) {
     const int64_t last = std::min(width, first + kSumColumns);
     for (int r = 0; r < kRows; r += kGroup) {
-      const T *x = z + r * width, *b = z_before + r * width, *v[kGroup], *n[kGroup];
+      const T *x = z + r * width, *b = z_before + r * width;
       T *g = grad + r * width, by[kGroup], tilt[kGroup];
       for (int j = 0; j < kGroup; ++j) {
-        v[j] = line.row(r + j);
-        n[j] = before.row(r + j);
         by[j] = kPulls ? shift[r + j] : T(0);
         tilt[j] = kPulls ? slope[r + j] : T(0);
       }
       Lanes<T> sums[kGroup] = {};
       for (int64_t c = first; c < last; c += kLanes) {
-        Lanes<T> v0, v1, n0, n1, d0 = {}, d1 = {};
+        VectorLanes<T> v, n;
+        Lanes<T> d0 = {}, d1 = {};
 #pragma GCC unroll 4
         for (int j = 0; j < kGroup; ++j) {
           if (j == 0 || !kShared) {
-#pragma omp simd
-            for (int l = 0; l < kLanes; ++l) {
-              v0.at[l] = v[j][c + l];
-              v1.at[l] = v[j][second + c + l];
-              n0.at[l] = n[j][c + l];
-              n1.at[l] = n[j][second + c + l];
-            }
+            v.load(line.row(r + j) + c, second);
+            n.load(before.row(r + j) + c, second);
           }
           const int64_t at = j * width + c;
           T* d = d_line + (kShared ? 0 : (r + j) * line.apart) + c;
@@ -172,7 +170,7 @@ FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t widt
           for (int l = 0; l < kLanes; ++l) {
             T grad_z = g[at + l], of0, of1;
             if (kPulls) {
-              pull<F>(grad_z, x[at + l], by[j], tilt[j], v0.at[l], v1.at[l], of0, of1);
+              pull<F>(grad_z, x[at + l], by[j], tilt[j], v.first.at[l], v.second.at[l], of0, of1);
               g[at + l] = grad_z;
               if (kShared) {
                 d0.at[l] += of0;
@@ -182,7 +180,7 @@ FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t widt
                 if (F::kVectors > 1) d[second + l] = of1;
               }
             }
-            sums[j].at[l] += weigh<F>(grad_z, b[at + l], n0.at[l], n1.at[l]);
+            sums[j].at[l] += weigh<F>(grad_z, b[at + l], n.first.at[l], n.second.at[l]);
           }
         }
         if (!kShared || !kPulls) continue;

@@ -144,6 +144,23 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Calls f with the types of a dtype: that computed in, and that stored.
+template <class T, class Stored>
+struct Types {};
+template <class F>
+void with_types(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(Types<float, float>());
+    case DType::kFloat64:
+      return f(Types<double, double>());
+    case DType::kBFloat16:
+      return f(Types<float, BFloat16>());
+    case DType::kFloat16:
+      return f(Types<float, Float16>());
+  }
+}
+
 FASTVAE_HD float load(float x) { return x; }
 FASTVAE_HD double load(double x) { return x; }
 FASTVAE_HD float load(BFloat16 x) { return math::from_bits(static_cast<uint32_t>(x.bits) << 16); }

@@ -17,7 +17,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..estimators import Elbo, elbo, gaussian_entropy, importance_sampled_log_likelihood
-from ..functional import gaussian_log_prob, reparameterize
+from ..estimators.evidence import log_prior
+from ..functional import reparameterize
 from .base import LIKELIHOODS, Model
 from .posterior import FLOWS
 
@@ -30,11 +31,6 @@ def _mlp(sizes: Sequence[int]) -> nn.Sequential:
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
-
-
-def _log_standard_normal(z: Tensor) -> Tensor:
-    zero = z.new_zeros(1)
-    return gaussian_log_prob(z, zero, zero)
 
 
 class VAE(Model):
@@ -135,7 +131,7 @@ class VAE(Model):
             return elbo(self._log_likelihood(x), mu, log_var, generator=generator)
         z, log_det = flow(reparameterize(mu, log_var, generator=generator))
         recon = self._log_likelihood(x)(z)
-        kl = -gaussian_entropy(log_var) - log_det - _log_standard_normal(z)
+        kl = -gaussian_entropy(log_var) - log_det - log_prior("VAE", None, z, "log_var")
         return Elbo(recon - kl, recon, kl)
 
     @torch.no_grad()
@@ -160,15 +156,15 @@ class VAE(Model):
 
         def log_joint(start: Tensor) -> Tensor:  # of what the flow moves
             z, log_det = flow(start)
-            return log_likelihood(z) + _log_standard_normal(z) + log_det
+            return log_likelihood(z) + log_prior("VAE", None, z, "log_var") + log_det
 
         return importance_sampled_log_likelihood(
-            log_likelihood if self.flow is None else log_joint,
+            log_joint,
             mu,
             log_var,
             num_samples,
             chunk=chunk,
-            prior=None if self.flow is None else lambda z: z.new_zeros(z.shape[:-1]),
+            prior=lambda z: z.new_zeros(z.shape[:-1]),  # the joint has it
             generator=generator,
         )
 
