@@ -219,8 +219,9 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
         result[i] = Tensor();
         continue;
       }
-      if (!result[i].defined()) result[i] = grads[0];
-      if (result[i].sym_sizes() != inputs[i].sym_sizes()) {  // sum over what was broadcast
+      if (!result[i].defined()) result[i] = grads[0];  // which may be absent itself
+      if (result[i].defined() &&
+          result[i].sym_sizes() != inputs[i].sym_sizes()) {  // sum over what was broadcast
         result[i] = at::sum_to(result[i], inputs[i].sym_sizes());
       }
     }

@@ -63,23 +63,26 @@ void check_row_values(const char* op, const Argument& values, c10::SymIntArrayRe
               " must be on the device of the inputs, got ", x.device(), " and ", input.device());
 }
 
-RowOp::RowOp(const char* name, std::initializer_list<Argument> inputs) : name_(name) {
-  const Argument& first = *inputs.begin();
-  for (const Argument& argument : inputs) {
-    check_input(name, argument, first);
-    const Tensor& x = argument.tensor;
-    if (inputs_.empty()) {
-      shape_.assign(x.sym_sizes().begin(), x.sym_sizes().end());
-    } else if (x.sym_sizes() != c10::SymIntArrayRef(shape_)) {
-      try {
-        shape_ = at::infer_size_symdimvector(shape_, x.sym_sizes());
-      } catch (const c10::Error&) {
-        TORCH_CHECK_VALUE(false, "fastvae::", name, ": ", argument.name, " must broadcast with ",
-                          first.name, ", got ", x.sym_sizes(), " and ", first.tensor.sym_sizes());
-      }
+RowOp::RowOp(const char* name, std::initializer_list<Argument> inputs)
+    : name_(name), first_name_(inputs.begin()->name) {
+  for (const Argument& argument : inputs) input(argument.name, argument.tensor);
+}
+
+RowOp& RowOp::input(const char* name, const Tensor& x) {
+  const Argument first{first_name_, inputs_.empty() ? x : inputs_[0]};
+  check_input(name_, {name, x}, first);
+  if (inputs_.empty()) {
+    shape_.assign(x.sym_sizes().begin(), x.sym_sizes().end());
+  } else if (x.sym_sizes() != c10::SymIntArrayRef(shape_)) {
+    try {
+      shape_ = at::infer_size_symdimvector(shape_, x.sym_sizes());
+    } catch (const c10::Error&) {
+      TORCH_CHECK_VALUE(false, "fastvae::", name_, ": ", name, " must broadcast with ", first_name_,
+                        ", got ", x.sym_sizes(), " and ", first.tensor.sym_sizes());
     }
-    inputs_.push_back(x);
   }
+  inputs_.push_back(x);
+  return *this;
 }
 
 RowOp& RowOp::row_input(const char* name, const Tensor& value) {

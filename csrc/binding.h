@@ -81,6 +81,7 @@ class RowOp {
  public:
   // Throws unless the inputs are floating, of one dtype, on one device, and broadcast together.
   RowOp(const char* name, std::initializer_list<Argument> inputs);
+  RowOp& input(const char* name, const Tensor& x);  // one more
 
   // A row input (the gradient of a row sum), broadcast to one value a row.
   RowOp& row_input(const char* name, const Tensor& value);
@@ -118,6 +119,7 @@ class RowOp {
   Sweep lay_out();  // of the inputs; sizes are concrete from here on
 
   const char* name_;
+  const char* first_name_;
   c10::SmallVector<Tensor, kMaxInputs> inputs_;
   c10::SymDimVector shape_;
   Tensor row_input_, key_;
@@ -267,25 +269,31 @@ void define_row_sum(torch::Library& m) {
       "(" + s.inputs + ") -> (Tensor, Tensor)");
 }
 
-// ---- scales (scale.h) --------------------------------------------------------------------------
+// ---- settings that choose a formula -------------------------------------------------------------
 
-// Calls f with the map of that name, of those that the op takes: f(LogVar{}).
+// Calls f with the type of that kName, of those given: f(LogVar{}).
 template <class First, class... Rest, class F>
-auto call_with_scale(c10::string_view name, const F& f) {
+auto call_with_named(c10::string_view name, const F& f) {
   if constexpr (sizeof...(Rest) > 0) {
-    if (name != First::kName) return call_with_scale<Rest...>(name, f);
+    if (name != First::kName) return call_with_named<Rest...>(name, f);
   }
   return f(First{});
 }
+template <class... Types, class F>
+auto with_one_of(const char* op, const char* argument, c10::string_view name, const F& f) {
+  if (!((name == Types::kName) || ...)) {
+    std::string known;
+    ((known += (known.empty() ? "" : ", ") + std::string(Types::kName)), ...);
+    TORCH_CHECK_VALUE(false, "fastvae::", op, ": ", argument, " must be one of ", known, ", got ",
+                      name);
+  }
+  return call_with_named<Types...>(name, f);
+}
+
+// The map to a scale (scale.h), of those that the op takes.
 template <class... Maps, class F>
 auto with_scale(const char* op, c10::string_view parameterization, const F& f) {
-  if (!((parameterization == Maps::kName) || ...)) {
-    std::string known;
-    ((known += (known.empty() ? "" : ", ") + std::string(Maps::kName)), ...);
-    TORCH_CHECK_VALUE(false, "fastvae::", op, ": parameterization must be one of ", known, ", got ",
-                      parameterization);
-  }
-  return call_with_scale<Maps...>(parameterization, f);
+  return with_one_of<Maps...>(op, "parameterization", parameterization, f);
 }
 
 // A sum over rows whose last argument is a scale, given by any of the maps.

@@ -41,12 +41,14 @@
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(__VA_ARGS__)
 #endif
 
-// A formula's two sweeps, for every dtype: all that a <family>.cu says.
-#ifndef FASTVAE_INSTANTIATE
-#define FASTVAE_INSTANTIATE(...)                                              \
-  template const char* sweep_rows<__VA_ARGS__::Forward>(const Sweep&, void*); \
-  template const char* sweep_rows<__VA_ARGS__::Backward>(const Sweep&, void*);
+// One sweep of a formula, for every dtype, and both that most have: all that a <family>.cu says.
+#ifndef FASTVAE_INSTANTIATE_SWEEP
+#define FASTVAE_INSTANTIATE_SWEEP(name, ...) \
+  template const char* sweep_rows<__VA_ARGS__::name>(const Sweep&, void*);
 #endif
+#define FASTVAE_INSTANTIATE(...)                  \
+  FASTVAE_INSTANTIATE_SWEEP(Forward, __VA_ARGS__) \
+  FASTVAE_INSTANTIATE_SWEEP(Backward, __VA_ARGS__)
 
 namespace fastvae::cuda {
 

@@ -327,6 +327,31 @@ def _eager_radial_flow(
     return z, log_det
 
 
+def _eager_affine_coupling(kind: str, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def coupling(
+        x: Tensor, shift: Tensor, scale: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if kind in ("exp", "tanh_exp"):
+            log_sigma = torch.tanh(scale) if kind == "tanh_exp" else scale
+            sigma = log_sigma.exp()
+            y = (x - shift) / sigma if inverse else sigma * x + shift
+        else:
+            sigma = torch.sigmoid(scale + 2.0 if kind == "sigmoid" else scale)
+            log_sigma = sigma.log()
+            if kind == "sigmoid":
+                y = x / sigma - shift if inverse else sigma * (x + shift)
+            else:
+                moved = (1.0 - sigma) * shift
+                y = (x - moved) / sigma if inverse else sigma * x + moved
+        if mask is not None:
+            y = mask * x + (1.0 - mask) * y
+            log_sigma = (1.0 - mask) * log_sigma
+        log_det = log_sigma.sum(-1)
+        return y, -log_det if inverse else log_det
+
+    return coupling
+
+
 def _eager_gaussian_kl(
     mu_q: Tensor, log_var_q: Tensor, mu_p: Tensor | None = None, log_var_p: Tensor | None = None
 ) -> Tensor:
@@ -952,7 +977,34 @@ def _flow(op: str, eager: Callable[..., Any], own_lines: bool = False) -> Case:
     )
 
 
+def _coupling(kind: str, inverse: bool = False, masked: bool = False, bench: bool = False) -> Case:
+    options: dict[str, Any] = {"kind": kind}
+    if inverse:
+        options["inverse"] = True
+    return Case(
+        op="affine_coupling",
+        variant=" ".join([kind] + ["inverse"] * inverse + ["masked"] * masked),
+        inputs=(Input("x"), Input("shift"), Input("scale"))
+        + (Input("mask", binary, data=True),) * masked,
+        outputs=("element", "row"),
+        eager=_eager_affine_coupling(kind, inverse),
+        distributions=None,
+        bench=((8192, 64), (128, 32)) if bench else (),
+        bytes_forward=4 + masked,
+        bytes_full=11 + 2 * masked,  # and read grad_y and all again; write the gradients
+        settings=(kind, inverse),
+        options=options,
+        wired_as="" if kind == "tanh_exp" else "affine_coupling-tanh_exp",
+    )
+
+
 FLOWS = (
+    *(
+        _coupling(kind, inverse, masked, bench=kind == "tanh_exp" and not masked)
+        for kind in ("exp", "tanh_exp", "sigmoid", "gated")
+        for inverse in (False, True)
+        for masked in (False, True)
+    ),
     _flow("planar_flow", _eager_planar_flow),
     _flow("planar_flow", _eager_planar_flow, own_lines=True),
     _flow("radial_flow", _eager_radial_flow),

@@ -371,6 +371,54 @@ def with_scale(name):
     return formulas
 
 
+def coupling(name, forward, inverse, log_sigma):
+    """Both directions, with and without a mask, each by its formula; gradients by autograd."""
+
+    def both(inverse_too):
+        def run(x, t, s, mask=None):
+            move, term = (inverse, -log_sigma(s)) if inverse_too else (forward, log_sigma(s))
+            y = move(x, t, log_sigma(s).exp())
+            if mask is None:
+                return y, term
+            return torch.where(mask > 0.5, x, y), torch.where(mask > 0.5, 0.0, term)
+
+        return run
+
+    formulas = {}
+    for inverse_too in (False, True):
+        for masked in (False, True):
+            run = both(inverse_too)
+
+            def backward(grad, *rest, run=run):
+                *inputs, grad_log_det = rest
+                inputs = [x.detach().requires_grad_() for x in torch.broadcast_tensors(*inputs)]
+                y, term = run(*inputs)
+                loss = (grad * y + grad_log_det * term).sum()
+                return torch.autograd.grad(loss, inputs[:3]), None
+
+            def of_log_det(s, *rest, run=run):
+                *mask, grad_log_det = rest
+                s = s.detach().requires_grad_()
+                term = run(torch.zeros_like(s), torch.zeros_like(s), s, *mask)[1]
+                return [grad_log_det * torch.autograd.grad(term.sum(), s)[0]], None
+
+            booleans = str(inverse_too).lower() + (", true" if masked else "")
+            of = f"AffineCoupling<{name}, {booleans}>"
+            formulas |= {
+                f"{of}.Forward": Formula(
+                    lambda *xs, run=run: ([run(*xs)[0]], run(*xs)[1]),
+                    3 + masked,
+                    outputs=1,
+                    row_sum=True,
+                ),
+                f"{of}.Backward": Formula(backward, 4 + masked, outputs=3, row_input=True),
+                f"{of}.BackwardOfLogDet": Formula(
+                    of_log_det, 1 + masked, outputs=1, row_input=True
+                ),
+            }
+    return formulas
+
+
 def gumbel_softmax(x, g):
     return torch.softmax((x + g) * COLDNESS, -1)
 
@@ -427,6 +475,20 @@ FORMULAS = {
         gumbel_backward, 2, outputs=1, gumbel=True, parameter=COLDNESS
     ),
     **{formula: spec for name in SIGMA for formula, spec in with_scale(name).items()},
+    **coupling("Exp", lambda x, t, g: g * x + t, lambda y, t, g: (y - t) / g, lambda s: s),
+    **coupling("TanhExp", lambda x, t, g: g * x + t, lambda y, t, g: (y - t) / g, torch.tanh),
+    **coupling(
+        "Sigmoid",
+        lambda x, t, g: g * (x + t),
+        lambda y, t, g: y / g - t,
+        lambda s: torch.nn.functional.logsigmoid(s + 2),
+    ),
+    **coupling(
+        "Gated",
+        lambda x, t, g: g * x + (1 - g) * t,
+        lambda y, t, g: (y - t) / g + t,
+        torch.nn.functional.logsigmoid,
+    ),
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
     **row_sum("DiscretizedLogistic", logistic_bin, 3, parameter=255.0),

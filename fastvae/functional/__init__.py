@@ -7,6 +7,7 @@ from . import (
     bound,
     categorical,
     counts,
+    coupling,
     covariance,
     gaussian,
     likelihood,
@@ -17,6 +18,7 @@ from . import (
 from .bound import *  # noqa: F403
 from .categorical import *  # noqa: F403
 from .counts import *  # noqa: F403
+from .coupling import *  # noqa: F403
 from .covariance import *  # noqa: F403
 from .gaussian import *  # noqa: F403
 from .likelihood import *  # noqa: F403
@@ -28,6 +30,7 @@ __all__: list[str] = []
 __all__ += bound.__all__
 __all__ += categorical.__all__
 __all__ += counts.__all__
+__all__ += coupling.__all__
 __all__ += covariance.__all__
 __all__ += gaussian.__all__
 __all__ += likelihood.__all__

@@ -29,12 +29,11 @@
   simt::launch(blocks, threads, [&] { kernel(__VA_ARGS__); }), static_cast<void>(stream)
 
 // The formulas that the .cu files instantiate, by name: "GaussianKl<LogVar>.Forward".
-#define FASTVAE_INSTANTIATE(...) FASTVAE_REGISTER(__COUNTER__, __VA_ARGS__)
+#define FASTVAE_INSTANTIATE_SWEEP(name, ...) FASTVAE_REGISTER(__COUNTER__, name, __VA_ARGS__)
 #define FASTVAE_REGISTER(n, ...) FASTVAE_REGISTER_AS(n, __VA_ARGS__)
-#define FASTVAE_REGISTER_AS(n, ...)                                                  \
-  [[maybe_unused]] static const bool is_registered_##n =                             \
-      (simt::formulas()[#__VA_ARGS__ ".Forward"] = sweep_rows<__VA_ARGS__::Forward>, \
-       simt::formulas()[#__VA_ARGS__ ".Backward"] = sweep_rows<__VA_ARGS__::Backward>, true);
+#define FASTVAE_REGISTER_AS(n, name, ...)                \
+  [[maybe_unused]] static const bool is_registered_##n = \
+      (simt::formulas()[#__VA_ARGS__ "." #name] = sweep_rows<__VA_ARGS__::name>, true);
 
 namespace fastvae {
 struct Sweep;
