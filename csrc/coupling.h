@@ -16,10 +16,10 @@
 
 namespace fastvae {
 
-// A scale: log sigma, its derivative, sigma and 1 / sigma. What a formula does not use of these is
-// not computed.
+// A scale: log sigma and its derivative, sigma and 1 / sigma. What a formula does not use of these
+// is not computed.
 template <class T>
-struct Stretch {
+struct Factor {
   T log_sigma, slope, sigma, inverse;
 };
 
@@ -28,11 +28,11 @@ struct Scaled {
   static constexpr bool kAddsShift = true;  // dy/dt = 1, which needs no kernel
 
   template <class T>
-  static FASTVAE_HD T apply(T x, T t, const Stretch<T>& e) {
+  static FASTVAE_HD T apply(T x, T t, const Factor<T>& e) {
     return e.sigma * x + t;
   }
   template <class T>
-  static FASTVAE_HD T invert(T y, T t, const Stretch<T>& e) {
+  static FASTVAE_HD T invert(T y, T t, const Factor<T>& e) {
     return (y - t) * e.inverse;
   }
   template <class T>  // what sigma multiplies
@@ -40,11 +40,11 @@ struct Scaled {
     return x;
   }
   template <class T>
-  static FASTVAE_HD T d_shift(const Stretch<T>&) {
+  static FASTVAE_HD T d_shift(const Factor<T>&) {
     return T(1);
   }
   template <class T>  // of x = invert(y, t), but for the sign
-  static FASTVAE_HD T d_shift_inverse(const Stretch<T>& e) {
+  static FASTVAE_HD T d_shift_inverse(const Factor<T>& e) {
     return e.inverse;
   }
 };
@@ -53,7 +53,7 @@ struct Exp : Scaled {
   static constexpr const char* kName = "exp";
 
   template <class T>
-  static FASTVAE_HD Stretch<T> stretch(T s) {
+  static FASTVAE_HD Factor<T> factor(T s) {
     return {s, T(1), math::exp(s), math::exp(-s)};
   }
 };
@@ -62,7 +62,7 @@ struct TanhExp : Scaled {
   static constexpr const char* kName = "tanh_exp";
 
   template <class T>
-  static FASTVAE_HD Stretch<T> stretch(T s) {
+  static FASTVAE_HD Factor<T> factor(T s) {
     const math::Tanh<T> bounded = math::tanh(s);
     return {bounded.value, bounded.slope, math::exp(bounded.value), math::exp(-bounded.value)};
   }
@@ -70,7 +70,7 @@ struct TanhExp : Scaled {
 
 // sigma = 1 / (1 + e^-s), slope = 1 - sigma
 template <class T>
-FASTVAE_HD Stretch<T> logistic_stretch(T s) {
+FASTVAE_HD Factor<T> logistic_factor(T s) {
   const T e = math::exp_nonpositive(-math::abs(s));
   return {math::min(T(0), s) - math::log1p_unit(e), math::sigmoid(-s, e), math::sigmoid(s, e),
           T(1) + math::exp(-s)};
@@ -81,15 +81,15 @@ struct Sigmoid {
   static constexpr bool kAddsShift = false;
 
   template <class T>
-  static FASTVAE_HD Stretch<T> stretch(T s) {
-    return logistic_stretch(s + T(2));
+  static FASTVAE_HD Factor<T> factor(T s) {
+    return logistic_factor(s + T(2));
   }
   template <class T>
-  static FASTVAE_HD T apply(T x, T t, const Stretch<T>& e) {
+  static FASTVAE_HD T apply(T x, T t, const Factor<T>& e) {
     return e.sigma * (x + t);
   }
   template <class T>
-  static FASTVAE_HD T invert(T y, T t, const Stretch<T>& e) {
+  static FASTVAE_HD T invert(T y, T t, const Factor<T>& e) {
     return y * e.inverse - t;
   }
   template <class T>
@@ -97,11 +97,11 @@ struct Sigmoid {
     return x + t;
   }
   template <class T>
-  static FASTVAE_HD T d_shift(const Stretch<T>& e) {
+  static FASTVAE_HD T d_shift(const Factor<T>& e) {
     return e.sigma;
   }
   template <class T>
-  static FASTVAE_HD T d_shift_inverse(const Stretch<T>&) {
+  static FASTVAE_HD T d_shift_inverse(const Factor<T>&) {
     return T(1);
   }
 };
@@ -111,15 +111,15 @@ struct Gated {
   static constexpr bool kAddsShift = false;
 
   template <class T>
-  static FASTVAE_HD Stretch<T> stretch(T s) {
-    return logistic_stretch(s);
+  static FASTVAE_HD Factor<T> factor(T s) {
+    return logistic_factor(s);
   }
   template <class T>
-  static FASTVAE_HD T apply(T x, T t, const Stretch<T>& e) {
+  static FASTVAE_HD T apply(T x, T t, const Factor<T>& e) {
     return e.sigma * x + e.slope * t;
   }
   template <class T>
-  static FASTVAE_HD T invert(T y, T t, const Stretch<T>& e) {
+  static FASTVAE_HD T invert(T y, T t, const Factor<T>& e) {
     return t + (y - t) * e.inverse;
   }
   template <class T>
@@ -127,11 +127,11 @@ struct Gated {
     return x - t;
   }
   template <class T>
-  static FASTVAE_HD T d_shift(const Stretch<T>& e) {
+  static FASTVAE_HD T d_shift(const Factor<T>& e) {
     return e.slope;
   }
   template <class T>
-  static FASTVAE_HD T d_shift_inverse(const Stretch<T>& e) {
+  static FASTVAE_HD T d_shift_inverse(const Factor<T>& e) {
     return e.slope * e.inverse;
   }
 };
@@ -150,7 +150,7 @@ struct AffineCoupling {
   struct Forward : Formula<Shape{.inputs = 3 + kMasked, .outputs = 1, .row_sums = 1}> {
     template <class T>
     static FASTVAE_HD Values<T, 2> eval(T x, T t, T s) {
-      const Stretch<T> e = Kind::stretch(s);
+      const Factor<T> e = Kind::factor(s);
       if constexpr (kInverse) return {{Kind::invert(x, t, e), -e.log_sigma}};
       return {{Kind::apply(x, t, e), e.log_sigma}};
     }
@@ -164,7 +164,7 @@ struct AffineCoupling {
   struct Backward : Formula<Shape{.inputs = 4 + kMasked, .row_inputs = 1, .outputs = 3}> {
     template <class T>
     static FASTVAE_HD Values<T, 3> eval(T grad, T x, T t, T s, T grad_log_det) {
-      const Stretch<T> e = Kind::stretch(s);
+      const Factor<T> e = Kind::factor(s);
       if constexpr (kInverse) {  // of z = invert(x): dz/ds = -slope (what sigma multiplies)
         const T z = Kind::invert(x, t, e);
         return {{grad * e.inverse, -grad * Kind::d_shift_inverse(e),
@@ -185,7 +185,7 @@ struct AffineCoupling {
   struct BackwardOfLogDet : Formula<Shape{.inputs = 1 + kMasked, .row_inputs = 1, .outputs = 1}> {
     template <class T>
     static FASTVAE_HD Values<T, 1> eval(T s, T grad_log_det) {
-      const T slope = Kind::stretch(s).slope;
+      const T slope = Kind::factor(s).slope;
       return {{grad_log_det * (kInverse ? -slope : slope)}};
     }
     template <class T>

@@ -92,6 +92,8 @@ FASTVAE_HD T exponent(T x) {
 
 FASTVAE_HD float sqrt(float x) { return ::sqrtf(x); }
 FASTVAE_HD double sqrt(double x) { return ::sqrt(x); }
+FASTVAE_HD float floor(float x) { return ::floorf(x); }
+FASTVAE_HD double floor(double x) { return ::floor(x); }
 
 // 2^n for -bias < n <= bias, 0 for n = -bias.
 template <class T>

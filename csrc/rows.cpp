@@ -9,25 +9,6 @@ namespace {
 
 constexpr int kTile = 512;  // elements; at most 9 live buffers of 2 KB
 
-// (3) The sum of one row's piece: kLanes running sums, then a binary tree over the lanes.
-template <class T>
-FASTVAE_CLONES double sum(const T* terms, int64_t n) {
-  T lanes[kLanes] = {};
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) lanes[l] += terms[i + l];
-  }
-  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += terms[i];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-#pragma omp simd
-    for (int l = 0; l < kLanes / 2; ++l) {
-      if (l < width) lanes[l] += lanes[l + width];
-    }
-  }
-  return lanes[0];
-}
-
 template <class T>
 const Loops<T>& loops(const Kernel& kernel) {
   if constexpr (std::is_same_v<T, double>) {

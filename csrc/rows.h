@@ -54,6 +54,25 @@ FASTVAE_CLONES void scatter(const T* from, Stored* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
 }
 
+// (3) The sum of one row's piece: kLanes running sums, then a binary tree over the lanes.
+template <class T>
+FASTVAE_CLONES double sum(const T* terms, int64_t n) {
+  T lanes[kLanes] = {};
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lanes[l] += terms[i + l];
+  }
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += terms[i];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+#pragma omp simd
+    for (int l = 0; l < kLanes / 2; ++l) {
+      if (l < width) lanes[l] += lanes[l + width];
+    }
+  }
+  return lanes[0];
+}
+
 // (2) values[k][i] = formula(arguments[0][i], ..., parameters) for all i; n is a multiple of
 // kLanes.
 template <class F, class T, size_t... A, size_t... P, size_t... V>

@@ -14,6 +14,7 @@ from . import (
     logistic,
     mixture,
     residual_flow,
+    spline,
 )
 from .bound import *  # noqa: F403
 from .categorical import *  # noqa: F403
@@ -25,6 +26,7 @@ from .likelihood import *  # noqa: F403
 from .logistic import *  # noqa: F403
 from .mixture import *  # noqa: F403
 from .residual_flow import *  # noqa: F403
+from .spline import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += bound.__all__
@@ -37,3 +39,4 @@ __all__ += likelihood.__all__
 __all__ += logistic.__all__
 __all__ += mixture.__all__
 __all__ += residual_flow.__all__
+__all__ += spline.__all__

@@ -1,0 +1,329 @@
+// The CPU engine of splines (spline.h): sixteen elements in the lanes, the pieces in the loops.
+//
+// The numbers of sixteen elements are transposed to [piece][lane]. Two passes over the pieces make
+// the softmax; a third walks the knots and keeps, in each lane, the piece that its element lies on.
+// All else is done once an element. Backward does the same again, and hands its gradients back
+// through the pieces and the transposes; nothing is stored between the two.
+//
+// Every element passes through the same loops, whatever its lane, and a row's log-determinant is
+// summed in a fixed tree: results are bitwise the same for any number of threads and any split of
+// the batch. Threads are the caller's business: a call works on rows [begin, end).
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "rows.h"
+#include "spline.h"
+#include "transpose.h"
+
+namespace fastvae::cpu {
+
+// Sixteen pieces and what is known of them.
+template <class T>
+struct alignas(64) Pieces {
+  T share_width[kLanes], share_height[kLanes];  // of a softmax's terms
+  T x[kLanes], y[kLanes];                       // the next knot
+  T left[kLanes], width[kLanes], bottom[kLanes], height[kLanes];
+  T number0[kLanes], number1[kLanes];  // what the slopes at its ends are made of
+  T index[kLanes];
+};
+
+template <class T>
+FASTVAE_HD Piece<T> piece_of(const SplineScale<T>& scale, T last, T left, T width, T bottom,
+                             T height, T number0, T number1, T index) {
+  const bool at_begin = !scale.circular && index == T(0);
+  const bool at_end = !scale.circular && index == last;
+  return {left,
+          width,
+          bottom,
+          height,
+          at_begin ? T(1) : spline_slope(number0, scale.min_slope),
+          at_end ? T(1) : spline_slope(number1, scale.min_slope)};
+}
+
+// e^(number - max) in place, and gain over their sum.
+template <class T>
+FASTVAE_CLONES void share_out(Lanes<T>* numbers, int64_t n, T gain, T* share) {
+  alignas(64) T most[kLanes], sum[kLanes];
+  std::copy_n(numbers[0].at, kLanes, most);
+  for (int64_t k = 1; k < n; ++k) {
+    const T* s = numbers[k].at;
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) most[i] = math::max(most[i], s[i]);
+  }
+  std::fill_n(sum, kLanes, T(0));
+  for (int64_t k = 0; k < n; ++k) {
+    T* s = numbers[k].at;
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      s[i] = math::exp_nonpositive(s[i] - most[i]);
+      sum[i] += s[i];
+    }
+  }
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) share[i] = gain / sum[i];
+}
+
+// Walks the knots: the piece that v lies on, by x or, of an inverse, by y.
+template <class T, bool kInverse>
+FASTVAE_CLONES void find_pieces(const SplineScale<T>& scale, const T* v, const Lanes<T>* widths,
+                                const Lanes<T>* heights, const Lanes<T>* numbers, int64_t n,
+                                Pieces<T>& p) {
+  const T bound = scale.bound, base_width = scale.base_width, base_height = scale.base_height;
+  std::fill_n(p.x, kLanes, -bound);
+  std::fill_n(p.y, kLanes, -bound);
+  for (int64_t k = 0; k < n; ++k) {
+    const T *w = widths[k].at, *h = heights[k].at;
+    const T *before = numbers[k].at, *after = numbers[k + 1].at;
+    const T index = static_cast<T>(k);
+    const bool first = k == 0;
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      const T width = base_width + p.share_width[i] * w[i];
+      const T height = base_height + p.share_height[i] * h[i];
+      const bool here = first || v[i] >= (kInverse ? p.y[i] : p.x[i]);
+      p.left[i] = here ? p.x[i] : p.left[i];
+      p.bottom[i] = here ? p.y[i] : p.bottom[i];
+      p.width[i] = here ? width : p.width[i];
+      p.height[i] = here ? height : p.height[i];
+      p.number0[i] = here ? before[i] : p.number0[i];
+      p.number1[i] = here ? after[i] : p.number1[i];
+      p.index[i] = here ? index : p.index[i];
+      p.x[i] += width;
+      p.y[i] += height;
+    }
+  }
+}
+
+template <class T>
+FASTVAE_HD Values<T, 2> follow(const Piece<T>& p, T v, T turns, bool outside, bool inverse) {
+  const T at = v - turns;
+  const PiecePoint<T> point = inverse ? PiecePoint<T>::from(p, at) : PiecePoint<T>::at(p, at);
+  const T to = (inverse ? point.x(p) : point.y(p)) + turns, log = point.log_slope(p);
+  return {{outside ? v : to, outside ? T(0) : (inverse ? -log : log)}};
+}
+
+template <class T, bool kInverse>
+FASTVAE_CLONES void follow_pieces(const SplineScale<T>& scale, T last, const T* v,
+                                  const Pieces<T>& p, T* to, T* log_slope) {
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) {
+    const Piece<T> piece = piece_of(scale, last, p.left[i], p.width[i], p.bottom[i], p.height[i],
+                                    p.number0[i], p.number1[i], p.index[i]);
+    const Values<T, 2> result =
+        follow(piece, v[i], scale.turns(v[i]), scale.outside(v[i]), kInverse);
+    to[i] = result.v[0];
+    log_slope[i] = result.v[1];
+  }
+}
+
+// Gradients of sixteen pieces: of the softmax's terms, less their mean, and of the slopes' numbers.
+template <class T>
+struct alignas(64) PieceGradients {
+  T in[kLanes];
+  T before[2][kLanes], here[2][kLanes], after[2][kLanes];  // of the pieces left of it, it, right
+  T number0[kLanes], number1[kLanes];
+};
+
+// What a softmax's terms before the piece, at it and after it get, of [width, height]: a term is as
+// good as another but for how it moves the piece, so their weighted mean is taken off.
+template <class T>
+FASTVAE_HD Values<T, 3> of_terms(T d_start, T d_size, T start, T size, T index, T base, T gain) {
+  const T mean = (d_start * (start - index * base) + d_size * (size - base)) / gain;
+  return {{d_start - mean, d_size - mean, -mean}};
+}
+
+template <class T, bool kInverse>
+FASTVAE_CLONES void differentiate_pieces(const SplineScale<T>& scale, T last, const T* v,
+                                         const T* grad, const T* grad_log, const Pieces<T>& p,
+                                         PieceGradients<T>& d) {
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) {
+    const Piece<T> piece = piece_of(scale, last, p.left[i], p.width[i], p.bottom[i], p.height[i],
+                                    p.number0[i], p.number1[i], p.index[i]);
+    const T at = v[i] - scale.turns(v[i]);
+    const bool outside = scale.outside(v[i]);
+    const PiecePoint<T> point =
+        kInverse ? PiecePoint<T>::from(piece, at) : PiecePoint<T>::at(piece, at);
+    const PieceGradient<T> g = point.template gradient<kInverse>(piece, grad[i], grad_log[i]);
+    const bool at_begin = !scale.circular && p.index[i] == T(0);
+    const bool at_end = !scale.circular && p.index[i] == last;
+    const Values<T, 3> x = of_terms(g.left, g.width, piece.left + scale.bound, piece.width,
+                                    p.index[i], scale.base_width, scale.gain_width);
+    const Values<T, 3> y = of_terms(g.bottom, g.height, piece.bottom + scale.bound, piece.height,
+                                    p.index[i], scale.base_height, scale.gain_height);
+    d.in[i] = outside ? grad[i] : g.in;
+    d.before[0][i] = outside ? T(0) : x.v[0] * p.share_width[i];
+    d.here[0][i] = outside ? T(0) : x.v[1] * p.share_width[i];
+    d.after[0][i] = outside ? T(0) : x.v[2] * p.share_width[i];
+    d.before[1][i] = outside ? T(0) : y.v[0] * p.share_height[i];
+    d.here[1][i] = outside ? T(0) : y.v[1] * p.share_height[i];
+    d.after[1][i] = outside ? T(0) : y.v[2] * p.share_height[i];
+    d.number0[i] =
+        outside || at_begin ? T(0) : g.slope0 * d_spline_slope(p.number0[i], scale.min_slope);
+    d.number1[i] =
+        outside || at_end ? T(0) : g.slope1 * d_spline_slope(p.number1[i], scale.min_slope);
+  }
+}
+
+// The gradients of the softmax's numbers, in place of its terms.
+template <class T>
+FASTVAE_CLONES void spread_terms(const T* index, const T* before, const T* here, const T* after,
+                                 int64_t n, Lanes<T>* terms) {
+  for (int64_t k = 0; k < n; ++k) {
+    T* term = terms[k].at;
+    const T at = static_cast<T>(k);
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      term[i] *= at < index[i] ? before[i] : (at > index[i] ? after[i] : here[i]);
+    }
+  }
+}
+
+// And those of the slopes' numbers, in their place.
+template <class T>
+FASTVAE_CLONES void spread_slopes(const Pieces<T>& p, const PieceGradients<T>& d, int64_t n,
+                                  Lanes<T>* numbers) {
+  for (int64_t k = 0; k <= n; ++k) {
+    T* number = numbers[k].at;
+    const T at = static_cast<T>(k);
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      number[i] = p.index[i] == at ? d.number0[i] : (p.index[i] + T(1) == at ? d.number1[i] : T(0));
+    }
+  }
+}
+
+template <class T, class Stored>
+class SplineTask {
+ public:
+  explicit SplineTask(const SplineSweep& sweep)
+      : s_(sweep),
+        scale_(sweep),
+        widths_(static_cast<size_t>(s_.bins)),
+        heights_(static_cast<size_t>(s_.bins)),
+        numbers_(static_cast<size_t>(s_.bins + 1)) {
+    if (s_.grad == nullptr && s_.grad_log_det == nullptr) {
+      const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, s_.columns));
+      logs_.resize(static_cast<size_t>(rows * s_.columns + kLanes));
+    }
+  }
+
+  void forward(int64_t begin, int64_t end) {
+    const int64_t most = static_cast<int64_t>(logs_.size() - kLanes) / s_.columns;
+    for (int64_t row = begin; row < end; row += most) {
+      const int64_t rows = std::min(most, end - row), first = row * s_.columns;
+      for_groups(row, rows, [&](int64_t element) {
+        alignas(64) T to[kLanes];
+        T* log = logs_.data() + (element - first);
+        s_.inverse ? follow_pieces<T, true>(scale_, last_, v_, p_, to, log)
+                   : follow_pieces<T, false>(scale_, last_, v_, p_, to, log);
+        write(s_.y, element, to);
+      });
+      T* log_det = static_cast<T*>(s_.log_det) + row;
+      for (int64_t r = 0; r < rows; ++r) {
+        log_det[r] = static_cast<T>(sum(logs_.data() + r * s_.columns, s_.columns));
+      }
+    }
+  }
+
+  void backward(int64_t begin, int64_t end) {
+    for_groups(begin, end - begin, [&](int64_t element) {
+      alignas(64) T grad[kLanes] = {}, grad_log[kLanes] = {};
+      for (int i = 0; i < count_; ++i) {
+        if (s_.grad != nullptr) grad[i] = load(static_cast<const Stored*>(s_.grad)[element + i]);
+        if (s_.grad_log_det == nullptr) continue;
+        grad_log[i] = static_cast<const T*>(s_.grad_log_det)[rows_[i]];
+      }
+      s_.inverse ? differentiate_pieces<T, true>(scale_, last_, v_, grad, grad_log, p_, d_)
+                 : differentiate_pieces<T, false>(scale_, last_, v_, grad, grad_log, p_, d_);
+      write(s_.d_x, element, d_.in);
+      if (s_.d_widths != nullptr) {
+        spread_terms(p_.index, d_.before[0], d_.here[0], d_.after[0], s_.bins, widths_.data());
+        write_lines(s_.d_widths, element, s_.bins, widths_.data());
+      }
+      if (s_.d_heights != nullptr) {
+        spread_terms(p_.index, d_.before[1], d_.here[1], d_.after[1], s_.bins, heights_.data());
+        write_lines(s_.d_heights, element, s_.bins, heights_.data());
+      }
+      if (s_.d_slopes != nullptr) {
+        spread_slopes(p_, d_, s_.bins, numbers_.data());
+        if (s_.circular) {  // the last knot is the first
+          for (int i = 0; i < kLanes; ++i) numbers_[0].at[i] += numbers_[s_.bins].at[i];
+        }
+        write_lines(s_.d_slopes, element, s_.slope_count(), numbers_.data() + !s_.circular);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kChunk = 4096;  // elements whose logarithms wait to be summed
+
+  // visit(first element) for the groups of sixteen elements of some rows, their pieces found.
+  template <class Visit>
+  void for_groups(int64_t row, int64_t rows, const Visit& visit) {
+    const int64_t end = (row + rows) * s_.columns;
+    int64_t column = 0;
+    for (int64_t element = row * s_.columns; element < end; element += kLanes) {
+      count_ = static_cast<int>(std::min<int64_t>(kLanes, end - element));
+      for (int i = 0; i < kLanes; ++i) {
+        rows_[i] = row;
+        columns_[i] = column;
+        if (i + 1 < count_ && ++column == s_.columns) column = 0, ++row;
+      }
+      if (++column == s_.columns) column = 0, ++row;
+      read(s_.x, 1, reinterpret_cast<Lanes<T>*>(v_));
+      read(s_.widths, s_.bins, widths_.data());
+      read(s_.heights, s_.bins, heights_.data());
+      read(s_.slopes, s_.slope_count(), numbers_.data() + !s_.circular);
+      numbers_[s_.bins] = numbers_[0];  // circular; else of no account
+      share_out(widths_.data(), s_.bins, scale_.gain_width, p_.share_width);
+      share_out(heights_.data(), s_.bins, scale_.gain_height, p_.share_height);
+      find();
+      visit(element);
+    }
+  }
+
+  void find() {
+    alignas(64) T at[kLanes];
+    for (int i = 0; i < kLanes; ++i) at[i] = v_[i] - scale_.turns(v_[i]);
+    s_.inverse ? find_pieces<T, true>(scale_, at, widths_.data(), heights_.data(), numbers_.data(),
+                                      s_.bins, p_)
+               : find_pieces<T, false>(scale_, at, widths_.data(), heights_.data(), numbers_.data(),
+                                       s_.bins, p_);
+  }
+
+  void read(const SplineOperand& x, int64_t n, Lanes<T>* to) const {
+    if (n == 0) return;
+    const Stored* from[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      from[i] = static_cast<const Stored*>(x.data) + rows_[i] * x.row + columns_[i] * x.column;
+    }
+    transpose_in<T, Stored>(from, x.bin, static_cast<int>(n), to->at);
+  }
+
+  void write(void* to, int64_t element, const T* from) const {
+    if (to != nullptr) scatter(from, static_cast<Stored*>(to) + element, count_);
+  }
+
+  void write_lines(void* to, int64_t element, int64_t n, const Lanes<T>* from) const {
+    if (n == 0) return;
+    Stored* lines[kLanes];
+    for (int i = 0; i < count_; ++i) lines[i] = static_cast<Stored*>(to) + (element + i) * n;
+    transpose_out<T, Stored>(from->at, count_, 1, static_cast<int>(n), lines);
+  }
+
+  const SplineSweep& s_;
+  const SplineScale<T> scale_;
+  const T last_ = static_cast<T>(s_.bins - 1);
+  int count_ = 0;                                     // elements in the group
+  int64_t rows_[kLanes] = {}, columns_[kLanes] = {};  // where they are
+  alignas(64) T v_[kLanes];
+  Pieces<T> p_;
+  PieceGradients<T> d_;
+  std::vector<Lanes<T>> widths_, heights_, numbers_;
+  std::vector<T> logs_;
+};
+
+}  // namespace fastvae::cpu
