@@ -30,16 +30,14 @@ struct alignas(64) Pieces {
 };
 
 template <class T>
-FASTVAE_HD Piece<T> piece_of(const SplineScale<T>& scale, T last, T left, T width, T bottom,
-                             T height, T number0, T number1, T index) {
-  const bool at_begin = !scale.circular && index == T(0);
-  const bool at_end = !scale.circular && index == last;
+FASTVAE_HD Piece<T> piece_of(const SplineScale<T>& scale, T left, T width, T bottom, T height,
+                             T number0, T number1, T index) {
   return {left,
           width,
           bottom,
           height,
-          at_begin ? T(1) : spline_slope(number0, scale.min_slope),
-          at_end ? T(1) : spline_slope(number1, scale.min_slope)};
+          index == scale.first ? T(1) : spline_slope(number0, scale.min_slope),
+          index == scale.last ? T(1) : spline_slope(number1, scale.min_slope)};
 }
 
 // e^(number - max) in place, and gain over their sum.
@@ -57,7 +55,7 @@ FASTVAE_CLONES void share_out(Lanes<T>* numbers, int64_t n, T gain, T* share) {
     T* s = numbers[k].at;
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      s[i] = math::exp_nonpositive(s[i] - most[i]);
+      s[i] = math::exp_weight(s[i] - most[i]);
       sum[i] += s[i];
     }
   }
@@ -67,31 +65,37 @@ FASTVAE_CLONES void share_out(Lanes<T>* numbers, int64_t n, T gain, T* share) {
 
 // Walks the knots: the piece that v lies on, by x or, of an inverse, by y.
 template <class T, bool kInverse>
-FASTVAE_CLONES void find_pieces(const SplineScale<T>& scale, const T* v, const Lanes<T>* widths,
+FASTVAE_CLONES void find_pieces(const SplineScale<T>& all, const T* v, const Lanes<T>* widths,
                                 const Lanes<T>* heights, const Lanes<T>* numbers, int64_t n,
                                 Pieces<T>& p) {
-  const T bound = scale.bound, base_width = scale.base_width, base_height = scale.base_height;
-  std::fill_n(p.x, kLanes, -bound);
-  std::fill_n(p.y, kLanes, -bound);
+  alignas(64) T at[kLanes];
+  const T *share_width = p.share_width, *share_height = p.share_height;
+  T *x = p.x, *y = p.y, *left = p.left, *width = p.width, *bottom = p.bottom, *height = p.height;
+  T *number0 = p.number0, *number1 = p.number1, *index = p.index;
+  const SplineScale<T> scale = all;  // in registers: nothing written below may change it
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) {
+    at[i] = v[i] - scale.turns(v[i]);
+    x[i] = y[i] = -scale.bound;
+  }
   for (int64_t k = 0; k < n; ++k) {
     const T *w = widths[k].at, *h = heights[k].at;
     const T *before = numbers[k].at, *after = numbers[k + 1].at;
-    const T index = static_cast<T>(k);
-    const bool first = k == 0;
+    const T k_th = static_cast<T>(k), lowest = k == 0 ? math::kInfinity<T> : T(0);
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      const T width = base_width + p.share_width[i] * w[i];
-      const T height = base_height + p.share_height[i] * h[i];
-      const bool here = first || v[i] >= (kInverse ? p.y[i] : p.x[i]);
-      p.left[i] = here ? p.x[i] : p.left[i];
-      p.bottom[i] = here ? p.y[i] : p.bottom[i];
-      p.width[i] = here ? width : p.width[i];
-      p.height[i] = here ? height : p.height[i];
-      p.number0[i] = here ? before[i] : p.number0[i];
-      p.number1[i] = here ? after[i] : p.number1[i];
-      p.index[i] = here ? index : p.index[i];
-      p.x[i] += width;
-      p.y[i] += height;
+      const T w_k = scale.base_width + share_width[i] * w[i];
+      const T h_k = scale.base_height + share_height[i] * h[i];
+      const bool here = !(at[i] + lowest < (kInverse ? y[i] : x[i]));  // the first if none: NaN
+      left[i] = here ? x[i] : left[i];
+      bottom[i] = here ? y[i] : bottom[i];
+      width[i] = here ? w_k : width[i];
+      height[i] = here ? h_k : height[i];
+      number0[i] = here ? before[i] : number0[i];
+      number1[i] = here ? after[i] : number1[i];
+      index[i] = here ? k_th : index[i];
+      x[i] += w_k;
+      y[i] += h_k;
     }
   }
 }
@@ -105,12 +109,15 @@ FASTVAE_HD Values<T, 2> follow(const Piece<T>& p, T v, T turns, bool outside, bo
 }
 
 template <class T, bool kInverse>
-FASTVAE_CLONES void follow_pieces(const SplineScale<T>& scale, T last, const T* v,
-                                  const Pieces<T>& p, T* to, T* log_slope) {
+FASTVAE_CLONES void follow_pieces(const SplineScale<T>& all, const T* v, const Pieces<T>& p, T* to,
+                                  T* log_slope) {
+  const SplineScale<T> scale = all;
+  const T *left = p.left, *width = p.width, *bottom = p.bottom, *height = p.height;
+  const T *number0 = p.number0, *number1 = p.number1, *index = p.index;
 #pragma omp simd
   for (int i = 0; i < kLanes; ++i) {
-    const Piece<T> piece = piece_of(scale, last, p.left[i], p.width[i], p.bottom[i], p.height[i],
-                                    p.number0[i], p.number1[i], p.index[i]);
+    const Piece<T> piece =
+        piece_of(scale, left[i], width[i], bottom[i], height[i], number0[i], number1[i], index[i]);
     const Values<T, 2> result =
         follow(piece, v[i], scale.turns(v[i]), scale.outside(v[i]), kInverse);
     to[i] = result.v[0];
@@ -135,35 +142,40 @@ FASTVAE_HD Values<T, 3> of_terms(T d_start, T d_size, T start, T size, T index, 
 }
 
 template <class T, bool kInverse>
-FASTVAE_CLONES void differentiate_pieces(const SplineScale<T>& scale, T last, const T* v,
-                                         const T* grad, const T* grad_log, const Pieces<T>& p,
+FASTVAE_CLONES void differentiate_pieces(const SplineScale<T>& all, const T* v, const T* grad,
+                                         const T* grad_log, const Pieces<T>& p,
                                          PieceGradients<T>& d) {
+  const SplineScale<T> scale = all;
+  const T *left = p.left, *width = p.width, *bottom = p.bottom, *height = p.height;
+  const T *number0 = p.number0, *number1 = p.number1, *index = p.index;
+  const T *share_width = p.share_width, *share_height = p.share_height;
+  T *in = d.in, *to_number0 = d.number0, *to_number1 = d.number1;
+  T *x_before = d.before[0], *x_here = d.here[0], *x_after = d.after[0];
+  T *y_before = d.before[1], *y_here = d.here[1], *y_after = d.after[1];
 #pragma omp simd
   for (int i = 0; i < kLanes; ++i) {
-    const Piece<T> piece = piece_of(scale, last, p.left[i], p.width[i], p.bottom[i], p.height[i],
-                                    p.number0[i], p.number1[i], p.index[i]);
+    const Piece<T> piece =
+        piece_of(scale, left[i], width[i], bottom[i], height[i], number0[i], number1[i], index[i]);
     const T at = v[i] - scale.turns(v[i]);
     const bool outside = scale.outside(v[i]);
     const PiecePoint<T> point =
         kInverse ? PiecePoint<T>::from(piece, at) : PiecePoint<T>::at(piece, at);
     const PieceGradient<T> g = point.template gradient<kInverse>(piece, grad[i], grad_log[i]);
-    const bool at_begin = !scale.circular && p.index[i] == T(0);
-    const bool at_end = !scale.circular && p.index[i] == last;
-    const Values<T, 3> x = of_terms(g.left, g.width, piece.left + scale.bound, piece.width,
-                                    p.index[i], scale.base_width, scale.gain_width);
-    const Values<T, 3> y = of_terms(g.bottom, g.height, piece.bottom + scale.bound, piece.height,
-                                    p.index[i], scale.base_height, scale.gain_height);
-    d.in[i] = outside ? grad[i] : g.in;
-    d.before[0][i] = outside ? T(0) : x.v[0] * p.share_width[i];
-    d.here[0][i] = outside ? T(0) : x.v[1] * p.share_width[i];
-    d.after[0][i] = outside ? T(0) : x.v[2] * p.share_width[i];
-    d.before[1][i] = outside ? T(0) : y.v[0] * p.share_height[i];
-    d.here[1][i] = outside ? T(0) : y.v[1] * p.share_height[i];
-    d.after[1][i] = outside ? T(0) : y.v[2] * p.share_height[i];
-    d.number0[i] =
-        outside || at_begin ? T(0) : g.slope0 * d_spline_slope(p.number0[i], scale.min_slope);
-    d.number1[i] =
-        outside || at_end ? T(0) : g.slope1 * d_spline_slope(p.number1[i], scale.min_slope);
+    const Values<T, 3> x = of_terms(g.left, g.width, left[i] + scale.bound, width[i], index[i],
+                                    scale.base_width, scale.gain_width);
+    const Values<T, 3> y = of_terms(g.bottom, g.height, bottom[i] + scale.bound, height[i],
+                                    index[i], scale.base_height, scale.gain_height);
+    in[i] = outside ? grad[i] : g.in;
+    x_before[i] = outside ? T(0) : x.v[0] * share_width[i];
+    x_here[i] = outside ? T(0) : x.v[1] * share_width[i];
+    x_after[i] = outside ? T(0) : x.v[2] * share_width[i];
+    y_before[i] = outside ? T(0) : y.v[0] * share_height[i];
+    y_here[i] = outside ? T(0) : y.v[1] * share_height[i];
+    y_after[i] = outside ? T(0) : y.v[2] * share_height[i];
+    const T d_number0 = g.slope0 * d_spline_slope(number0[i], scale.min_slope);
+    const T d_number1 = g.slope1 * d_spline_slope(number1[i], scale.min_slope);
+    to_number0[i] = outside || index[i] == scale.first ? T(0) : d_number0;
+    to_number1[i] = outside || index[i] == scale.last ? T(0) : d_number1;
   }
 }
 
@@ -185,12 +197,13 @@ FASTVAE_CLONES void spread_terms(const T* index, const T* before, const T* here,
 template <class T>
 FASTVAE_CLONES void spread_slopes(const Pieces<T>& p, const PieceGradients<T>& d, int64_t n,
                                   Lanes<T>* numbers) {
+  const T *index = p.index, *number0 = d.number0, *number1 = d.number1;
   for (int64_t k = 0; k <= n; ++k) {
     T* number = numbers[k].at;
     const T at = static_cast<T>(k);
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      number[i] = p.index[i] == at ? d.number0[i] : (p.index[i] + T(1) == at ? d.number1[i] : T(0));
+      number[i] = index[i] == at ? number0[i] : (index[i] + T(1) == at ? number1[i] : T(0));
     }
   }
 }
@@ -217,8 +230,8 @@ class SplineTask {
       for_groups(row, rows, [&](int64_t element) {
         alignas(64) T to[kLanes];
         T* log = logs_.data() + (element - first);
-        s_.inverse ? follow_pieces<T, true>(scale_, last_, v_, p_, to, log)
-                   : follow_pieces<T, false>(scale_, last_, v_, p_, to, log);
+        s_.inverse ? follow_pieces<T, true>(scale_, v_, p_, to, log)
+                   : follow_pieces<T, false>(scale_, v_, p_, to, log);
         write(s_.y, element, to);
       });
       T* log_det = static_cast<T*>(s_.log_det) + row;
@@ -231,13 +244,15 @@ class SplineTask {
   void backward(int64_t begin, int64_t end) {
     for_groups(begin, end - begin, [&](int64_t element) {
       alignas(64) T grad[kLanes] = {}, grad_log[kLanes] = {};
-      for (int i = 0; i < count_; ++i) {
-        if (s_.grad != nullptr) grad[i] = load(static_cast<const Stored*>(s_.grad)[element + i]);
-        if (s_.grad_log_det == nullptr) continue;
-        grad_log[i] = static_cast<const T*>(s_.grad_log_det)[rows_[i]];
+      if (s_.grad != nullptr) {
+        gather(static_cast<const Stored*>(s_.grad) + element, 1, grad, count_);
       }
-      s_.inverse ? differentiate_pieces<T, true>(scale_, last_, v_, grad, grad_log, p_, d_)
-                 : differentiate_pieces<T, false>(scale_, last_, v_, grad, grad_log, p_, d_);
+      for (int i = 0; s_.grad_log_det != nullptr && i < count_; ++i) {
+        const int64_t row = one_row_ ? row_ : (element + i) / s_.columns;
+        grad_log[i] = static_cast<const T*>(s_.grad_log_det)[row];
+      }
+      s_.inverse ? differentiate_pieces<T, true>(scale_, v_, grad, grad_log, p_, d_)
+                 : differentiate_pieces<T, false>(scale_, v_, grad, grad_log, p_, d_);
       write(s_.d_x, element, d_.in);
       if (s_.d_widths != nullptr) {
         spread_terms(p_.index, d_.before[0], d_.here[0], d_.after[0], s_.bins, widths_.data());
@@ -264,15 +279,10 @@ class SplineTask {
   template <class Visit>
   void for_groups(int64_t row, int64_t rows, const Visit& visit) {
     const int64_t end = (row + rows) * s_.columns;
-    int64_t column = 0;
     for (int64_t element = row * s_.columns; element < end; element += kLanes) {
       count_ = static_cast<int>(std::min<int64_t>(kLanes, end - element));
-      for (int i = 0; i < kLanes; ++i) {
-        rows_[i] = row;
-        columns_[i] = column;
-        if (i + 1 < count_ && ++column == s_.columns) column = 0, ++row;
-      }
-      if (++column == s_.columns) column = 0, ++row;
+      row_ = element / s_.columns, column_ = element % s_.columns;
+      one_row_ = column_ + count_ <= s_.columns;
       read(s_.x, 1, reinterpret_cast<Lanes<T>*>(v_));
       read(s_.widths, s_.bins, widths_.data());
       read(s_.heights, s_.bins, heights_.data());
@@ -280,25 +290,25 @@ class SplineTask {
       numbers_[s_.bins] = numbers_[0];  // circular; else of no account
       share_out(widths_.data(), s_.bins, scale_.gain_width, p_.share_width);
       share_out(heights_.data(), s_.bins, scale_.gain_height, p_.share_height);
-      find();
+      s_.inverse ? find_pieces<T, true>(scale_, v_, widths_.data(), heights_.data(),
+                                        numbers_.data(), s_.bins, p_)
+                 : find_pieces<T, false>(scale_, v_, widths_.data(), heights_.data(),
+                                         numbers_.data(), s_.bins, p_);
       visit(element);
     }
-  }
-
-  void find() {
-    alignas(64) T at[kLanes];
-    for (int i = 0; i < kLanes; ++i) at[i] = v_[i] - scale_.turns(v_[i]);
-    s_.inverse ? find_pieces<T, true>(scale_, at, widths_.data(), heights_.data(), numbers_.data(),
-                                      s_.bins, p_)
-               : find_pieces<T, false>(scale_, at, widths_.data(), heights_.data(), numbers_.data(),
-                                       s_.bins, p_);
   }
 
   void read(const SplineOperand& x, int64_t n, Lanes<T>* to) const {
     if (n == 0) return;
     const Stored* from[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      from[i] = static_cast<const Stored*>(x.data) + rows_[i] * x.row + columns_[i] * x.column;
+    from[0] = static_cast<const Stored*>(x.data) + row_ * x.row + column_ * x.column;
+    if (n == 1 && one_row_ && count_ == kLanes) return gather(from[0], x.column, to->at, kLanes);
+    int64_t column = column_;
+    for (int i = 1; i < kLanes; ++i) {
+      from[i] = from[i - 1];  // the padding repeats the last one
+      if (i >= count_) continue;
+      from[i] += x.column;
+      if (++column == s_.columns) from[i] += x.row - s_.columns * x.column, column = 0;
     }
     transpose_in<T, Stored>(from, x.bin, static_cast<int>(n), to->at);
   }
@@ -316,9 +326,9 @@ class SplineTask {
 
   const SplineSweep& s_;
   const SplineScale<T> scale_;
-  const T last_ = static_cast<T>(s_.bins - 1);
-  int count_ = 0;                                     // elements in the group
-  int64_t rows_[kLanes] = {}, columns_[kLanes] = {};  // where they are
+  int count_ = 0;                 // elements in the group
+  int64_t row_ = 0, column_ = 0;  // of the first
+  bool one_row_ = false;
   alignas(64) T v_[kLanes];
   Pieces<T> p_;
   PieceGradients<T> d_;

@@ -79,7 +79,7 @@ struct PiecePoint {
   FASTVAE_HD T x(const Piece<T>& p) const { return p.left + p.width * theta; }
   FASTVAE_HD T y(const Piece<T>& p) const { return p.bottom + p.height * (low * inverse); }
   FASTVAE_HD T log_slope(const Piece<T>& p) const {
-    return math::log_normal(p.height / p.width * ((bend * inverse) * inverse));
+    return math::log(p.height / p.width * ((bend * inverse) * inverse));
   }
 
   // Of y and log dy/dx, given the gradients of both; with kInverse of x and log dx/dy, where x is
@@ -144,12 +144,13 @@ struct SplineSweep {
   FASTVAE_HD int64_t slope_count() const { return circular ? bins : bins - 1; }
 };
 
-// The numbers of a sweep in its type: piece k is base + share e^(w_k - max) wide, share = gain /
+// The numbers of a sweep in its type. Piece k is base + share e^(w_k - max) wide, share = gain /
 // sum.
 template <class T>
 struct SplineScale {
   T bound, base_width, base_height, gain_width, gain_height, min_slope;
-  bool circular;
+  T limit, period;  // where the identity begins; 0 if it does
+  T first, last;    // the pieces that join it: none of a circular spline
 
   explicit FASTVAE_HD SplineScale(const SplineSweep& s)
       : bound(static_cast<T>(s.bound)),
@@ -158,13 +159,14 @@ struct SplineScale {
         gain_width(static_cast<T>(2 * s.bound * (1 - s.min_width * static_cast<double>(s.bins)))),
         gain_height(static_cast<T>(2 * s.bound * (1 - s.min_height * static_cast<double>(s.bins)))),
         min_slope(static_cast<T>(s.min_slope)),
-        circular(s.circular) {}
+        limit(s.circular ? math::kInfinity<T> : bound),
+        period(s.circular ? T(2) * bound : T(0)),
+        first(s.circular ? T(-1) : T(0)),
+        last(s.circular ? T(-1) : static_cast<T>(s.bins - 1)) {}
 
-  FASTVAE_HD bool outside(T x) const { return !circular && (x < -bound || x > bound); }
+  FASTVAE_HD bool outside(T x) const { return math::abs(x) > limit; }
   // What lies between x and [-B, B], of a circular spline.
-  FASTVAE_HD T turns(T x) const {
-    return circular ? T(2) * bound * math::floor((x + bound) / (T(2) * bound)) : T(0);
-  }
+  FASTVAE_HD T turns(T x) const { return period * math::floor((x + bound) / (T(2) * bound)); }
 };
 
 }  // namespace fastvae

@@ -110,6 +110,7 @@ class Case:
     copies: str = ""  # it copies its inputs, which therefore must fit in memory
     eager_bytes: Callable[[Shape], int] = lambda sizes: 0  # of the largest tensor written by hand
     unrolls: Callable[[Shape], bool] = lambda sizes: False  # torch.compile would take minutes
+    rounds: str = ""  # its row sums have fewer than six digits in float32
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # other packages' own
     approximate: str = ""  # why the formula written by hand is timed though it is off
     # max |value - float64 reference| / (|reference| + atol) per dtype
@@ -325,6 +326,79 @@ def _eager_radial_flow(
         log_det = log_det + (z.shape[-1] - 1) * torch.log1p(bh)
         log_det = log_det + torch.log1p(bh - b[..., k] * r * h * h)
     return z, log_det
+
+
+def _eager_spline(tails: str, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """As nflows has it, without its boolean masks: compilers cannot follow those."""
+    bound, smallest = 3.0, 1e-3
+
+    def knots(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        bins = numbers.shape[-1]
+        sizes = smallest + (1 - smallest * bins) * torch.softmax(numbers, -1)
+        ends = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)) * 2 * bound - bound
+        return ends, ends[..., 1:] - ends[..., :-1]
+
+    def spline(
+        x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        turns = 2 * bound * torch.floor((x + bound) / (2 * bound))
+        inside = (x >= -bound) & (x <= bound) if tails == "linear" else torch.ones_like(x).bool()
+        v = torch.where(inside, x, 0.0) if tails == "linear" else x - turns
+        x_knots, width = knots(widths)
+        y_knots, height = knots(heights)
+        slopes = smallest + torch.nn.functional.softplus(derivatives)
+        if tails == "linear":
+            slopes = torch.nn.functional.pad(slopes, (1, 1), value=1.0)
+        else:
+            slopes = torch.cat([slopes, slopes[..., :1]], -1)
+        k = (v.unsqueeze(-1) >= (y_knots if inverse else x_knots)[..., 1:-1]).sum(-1, keepdim=True)
+        left, bottom = x_knots.gather(-1, k).squeeze(-1), y_knots.gather(-1, k).squeeze(-1)
+        w, h = width.gather(-1, k).squeeze(-1), height.gather(-1, k).squeeze(-1)
+        d0, d1 = slopes.gather(-1, k).squeeze(-1), slopes.gather(-1, k + 1).squeeze(-1)
+        s = h / w
+        if inverse:
+            rise, q = v - bottom, d0 + d1 - 2 * s
+            a, b, c = h * (s - d0) + rise * q, h * d0 - rise * q, -s * rise
+            theta = 2 * c / (-b - torch.sqrt((b * b - 4 * a * c).clamp(min=0.0)))
+        else:
+            theta = (v - left) / w
+        mixed = theta * (1 - theta)
+        den = s + (d0 + d1 - 2 * s) * mixed
+        log = torch.log(s * s * (d1 * theta**2 + 2 * s * mixed + d0 * (1 - theta) ** 2))
+        log = log - 2 * torch.log(den)
+        y = theta * w + left if inverse else bottom + h * (s * theta**2 + d0 * mixed) / den
+        if tails == "circular":
+            y = y + turns
+        log = torch.where(inside, -log if inverse else log, 0.0)
+        return torch.where(inside, y, x), log.sum(-1)
+
+    return spline
+
+
+def _with_nflows(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(x: Tensor, *numbers: Tensor) -> tuple[Tensor, Tensor]:
+        from nflows.transforms.splines.rational_quadratic import (
+            unconstrained_rational_quadratic_spline as spline,
+        )
+
+        y, log = spline(x, *numbers, inverse=inverse, tails="linear", tail_bound=3.0)
+        return y, log.sum(-1)
+
+    return run
+
+
+def _with_zuko(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(x: Tensor, *numbers: Tensor) -> tuple[Tensor, Tensor]:
+        from zuko.transforms import MonotonicRQSTransform
+
+        transform = MonotonicRQSTransform(*numbers, bound=3.0, slope=1e-3)
+        if inverse:
+            y = transform.inv(x)
+            return y, -transform.log_abs_det_jacobian(y, x).sum(-1)
+        y, log = transform.call_and_ladj(x)
+        return y, log.sum(-1)
+
+    return run
 
 
 def _eager_affine_coupling(kind: str, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -547,6 +621,12 @@ _OF_PAIRS: dict[torch.dtype, float] = {
 
 # A step passes on the error of the one before, times as much as it stretches.
 _OF_STEPS: dict[torch.dtype, float] = {**_OF_PAIRS, torch.float32: 1e-5}
+
+
+# A knot is a sum, good to an ulp or two of the bound, by whatever formula: in eager PyTorch too. On
+# a narrow bin that is a thousand ulp of the way along it, on which gradients depend.
+KNOTS = "knots of float32 are good to an ulp of the bound, not of a narrow bin"
+_OF_SPLINES: dict[torch.dtype, float] = {**_OF_PAIRS, torch.float32: 5e-4}
 
 
 def _direction(shape: Shape, g: torch.Generator) -> Tensor:
@@ -998,7 +1078,45 @@ def _coupling(kind: str, inverse: bool = False, masked: bool = False, bench: boo
     )
 
 
+def _spline(inverse: bool = False, circular: bool = False) -> Case:
+    """At sizes ``[..., D, K]``."""
+    tails = "circular" if circular else "linear"
+    options: dict[str, Any] = {"inverse": True} if inverse else {}
+    if circular:
+        options["tails"] = tails
+
+    def elements(s: Shape) -> int:
+        return math.prod(s[:-1]) * 3 * s[-1]
+
+    return Case(
+        op="rational_quadratic_spline",
+        variant=" ".join(["circular"] * circular + ["inverse"] * inverse),
+        inputs=(
+            Input("x", normal(2.0), shape=lambda s: s[:-1]),
+            Input("widths"),
+            Input("heights"),
+            Input("derivatives", shape=lambda s: (*s[:-1], s[-1] - (not circular))),
+        ),
+        outputs=("element", "row"),
+        eager=_eager_spline(tails, inverse),
+        distributions=None,
+        bench=() if circular else ((512, 64, 8),),
+        peers={} if circular else {"nflows": _with_nflows(inverse), "zuko": _with_zuko(inverse)},
+        bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
+        bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
+        settings=(3.0, tails, inverse, 1e-3, 1e-3, 1e-3),
+        options=options,
+        sizes=lambda shape: (*shape, 6),
+        no_broadcast=OWN_SHAPES,
+        wired_as="rational_quadratic_spline" if inverse or circular else "",
+        mixes="several numbers make a column, and nothing else is mixed",
+        rounds=KNOTS,
+        rtol=_OF_SPLINES,
+    )
+
+
 FLOWS = (
+    *(_spline(inverse, circular) for circular in (False, True) for inverse in (False, True)),
     *(
         _coupling(kind, inverse, masked, bench=kind == "tanh_exp" and not masked)
         for kind in ("exp", "tanh_exp", "sigmoid", "gated")

@@ -1070,6 +1070,121 @@ def test_flows(program: Path, steps, shared: bool, dtype: torch.dtype) -> None:
                 close(got, list(want), label)
 
 
+# ---- splines ----------------------------------------------------------------------------------
+
+
+def spline(
+    x: torch.Tensor,
+    widths: torch.Tensor,
+    heights: torch.Tensor,
+    slopes: torch.Tensor,
+    inverse: bool,
+    circular: bool,
+    bound: float,
+) -> list:
+    """The paper's formulas, with its quadratic; knot by knot."""
+    m = 1e-3
+    bins = widths.shape[-1]
+    w, h = (
+        2 * bound * (m + (1 - m * bins) * torch.softmax(numbers, -1))
+        for numbers in (widths, heights)
+    )
+    d = m + torch.nn.functional.softplus(slopes)
+    one = torch.ones_like(d[..., :1])
+    d = torch.cat([d, d[..., :1]], -1) if circular else torch.cat([one, d, one], -1)
+    turns = torch.floor((x + bound) / (2 * bound)) * 2 * bound if circular else torch.zeros_like(x)
+    v = x - turns
+    y, log = x.clone(), torch.zeros_like(x)
+    for k in range(bins):
+        left, bottom = w[..., :k].sum(-1) - bound, h[..., :k].sum(-1) - bound
+        w_k, h_k, d0, d1 = w[..., k], h[..., k], d[..., k], d[..., k + 1]
+        s = h_k / w_k
+        start, size = (bottom, h_k) if inverse else (left, w_k)
+        here = (v >= start) & (v < start + size)
+        if inverse:
+            rise, q = torch.where(here, v - bottom, h_k / 2), d1 + d0 - 2 * s
+            a, b, c = h_k * (s - d0) + rise * q, h_k * d0 - rise * q, -s * rise
+            t = 2 * c / (-b - (b * b - 4 * a * c).sqrt())
+        else:
+            t = torch.where(here, (v - left) / w_k, 0.5)
+        u = t * (1 - t)
+        den = s + (d1 + d0 - 2 * s) * u
+        slope = s**2 * (d1 * t**2 + 2 * s * u + d0 * (1 - t) ** 2) / den**2
+        to = t * w_k + left if inverse else bottom + h_k * (s * t**2 + d0 * u) / den
+        y = torch.where(here, to + turns, y)
+        log = torch.where(here, -slope.log() if inverse else slope.log(), log)
+    return [y, log.sum(-1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("circular", [False, True], ids=["linear", "circular"])
+def test_splines(program: Path, inverse: bool, circular: bool, dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bound = 2.5
+    for rows, bins, columns, sliced in ((1, 1, 1, False), (67, 4, 3, True), (5, 7, 70, False)):
+        g = torch.Generator().manual_seed(columns)
+        slopes = bins if circular else bins - 1
+        numbers = torch.randn(rows, columns, 2 * bins + slopes, generator=g, dtype=torch.float64)
+        x = 2 * torch.randn(rows, columns, generator=g, dtype=torch.float64)
+        inputs = [x.to(dtype), *numbers.to(dtype).split([bins, bins, slopes], -1)]
+        inputs[1:] = inputs[1:] if sliced else [n.contiguous() for n in inputs[1:]]
+        exact = [n.double().requires_grad_() for n in inputs]
+        outputs = spline(*exact, inverse, circular, bound)
+        grads = [torch.randn(rows, columns, generator=g).to(dtype)]
+        grads.append(torch.randn(rows, generator=g).to(wide))
+        tolerance = 3e-4 if wide == torch.float32 else 1e-11
+
+        def close(got: list, want: list, label: object, tolerance: float = tolerance) -> None:
+            for n, (a, b) in enumerate(zip(got, want, strict=True)):
+                allowed = tolerance + (TOLERANCE[dtype] if a.dtype != wide else 0)
+                scale = b.abs() + b.square().mean().sqrt()
+                assert ((a.double() - b).abs() <= allowed * (scale + 1e-3)).all(), (label, n)
+
+        for first in (False, True):
+            for wanted in (0, 0b111101, 0b111110, 0b111111, 0b010111):
+                given = [x for k, x in enumerate(grads) if wanted >> k & 1]
+                message = struct.pack(
+                    "<64s17qd",
+                    b"spline",
+                    DTYPES.index(dtype),
+                    *(rows, bins, columns, int(inverse), int(wanted > 0), 0, int(circular), wanted),
+                    *(0, 0, int(first), 1 if first else 2**31 - 1, -1, 0, 0, 0),
+                    bound,
+                )
+                for n in inputs:
+                    data, strides = reachable_bytes(n), [*n.stride(), 0][:3]
+                    message += struct.pack("<5q", len(data), 0, *strides) + data
+                message += b"".join(n.view(torch.uint8).numpy().tobytes() for n in given)
+                done = subprocess.run([program], input=message, capture_output=True)
+                assert done.returncode == 0, done.stderr.decode()[:4000]
+                kinds = [(n.shape, dtype) for k, n in enumerate(inputs) if wanted >> 2 + k & 1]
+                if wanted == 0:
+                    kinds = [(grads[0].shape, dtype), (grads[1].shape, wide)]
+                answer, at = bytearray(done.stdout), 0
+                got = []
+                for shape, kind in kinds:
+                    size = math.prod(shape) * kind.itemsize
+                    part = answer[at : at + size] or bytearray(kind.itemsize)
+                    got.append(
+                        torch.frombuffer(part, dtype=kind)[: math.prod(shape)].reshape(shape)
+                    )
+                    at += size
+                assert at == len(answer)
+                label = (rows, bins, columns, first, wanted)
+                if wanted == 0:
+                    close(got, [x.detach() for x in outputs], label)
+                    continue
+                of = [x for k, x in enumerate(outputs) if wanted >> k & 1]
+                want = torch.autograd.grad(
+                    of,
+                    [x for k, x in enumerate(exact) if wanted >> 2 + k & 1],
+                    [x.double() for x in given],
+                    retain_graph=True,
+                )
+                close(got, [w for w in want], label)
+
+
 # ---- pixels -----------------------------------------------------------------------------------
 
 

@@ -17,12 +17,12 @@ def rational_quadratic_spline(
     heights: Tensor,
     derivatives: Tensor,
     *,
-    bound: float = 3.0,
+    bound: float = 3,  # no floats, for torch.compile's sake: it takes one for a variable
     tails: str = "linear",
     inverse: bool = False,
-    min_bin_width: float = 1e-3,
-    min_bin_height: float = 1e-3,
-    min_derivative: float = 1e-3,
+    min_bin_width: float | None = None,
+    min_bin_height: float | None = None,
+    min_derivative: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A monotonic rational-quadratic spline through K bins for each element, and log-determinants.
 
@@ -48,8 +48,8 @@ def rational_quadratic_spline(
             smoothly; ``"circular"``: x is an angle, and the spline goes on periodically,
             :math:`y(x + 2B) = y(x) + 2B`.
         inverse: the inverse spline, x from y, and its log-determinant.
-        min_bin_width, min_bin_height: smallest bins, as fractions of 2B.
-        min_derivative: smallest slope at a knot. The largest is 1e9.
+        min_bin_width, min_bin_height: smallest bins, as fractions of 2B; 1e-3 unless given.
+        min_derivative: smallest slope at a knot; 1e-3 unless given. The largest is 1e9.
 
     Returns:
         ``(y, log_det)``: ``[..., D]`` in the dtype of ``x``, and nats per row, ``[...]`` (float32
@@ -79,7 +79,7 @@ def rational_quadratic_spline(
         bound,
         tails,
         inverse,
-        min_bin_width,
-        min_bin_height,
-        min_derivative,
+        1e-3 if min_bin_width is None else min_bin_width,
+        1e-3 if min_bin_height is None else min_bin_height,
+        1e-3 if min_derivative is None else min_derivative,
     )

@@ -18,15 +18,17 @@
 #include "pairing.h"
 #include "philox.h"
 #include "residual_flow.h"
+#include "spline.h"
 #include "sweep.h"
 
 namespace fastvae::cuda {
-// mixture.cu, covariance.cu, logistic.cu and residual_flow.cu, which a program of fewer sources
-// lacks.
+// mixture.cu, covariance.cu, logistic.cu, spline.cu and residual_flow.cu, which a program of fewer
+// sources lacks.
 __attribute__((weak)) const char* sweep_pairs(const Pairing& p, bool backward, void* stream);
 __attribute__((weak)) const char* sweep_triangles(const TriangleSweep& s, bool backward,
                                                   void* stream);
 __attribute__((weak)) const char* sweep_pixels(const PixelMixture& p, void* stream);
+__attribute__((weak)) const char* sweep_spline(const SplineSweep& s, void* stream);
 template <class F>
 __attribute__((weak)) const char* sweep_flow(const FlowSweep& s, bool backward, void* lent, void*);
 template <class F>
@@ -312,6 +314,58 @@ void run_flow(const Header& h) {
   }
 }
 
+// Name "spline": rows, bins and columns come as outer, inner and columns, whether inverse and
+// circular as `inputs` and `row_sums`, the bound as the parameter. Then x, widths, heights, slopes,
+// each an InputHeader, whose strides are those from row to row, column to column, bin to bin, and
+// its data; and for backward those there are of grad and grad_log_det (wanted, bits 0 and 1). The
+// answer is y and log_det, or the gradients, of which bits 2 to 5 name those wanted.
+void run_spline(const Header& h) {
+  const bool backward = h.row_inputs != 0;
+  const int64_t item = h.dtype == 0 ? 4 : h.dtype == 1 ? 8 : 2, wide = h.dtype == 1 ? 8 : 4;
+  SplineSweep s;
+  s.dtype = static_cast<DType>(h.dtype);
+  s.rows = h.outer, s.bins = h.inner, s.columns = h.columns;
+  s.inverse = h.inputs != 0, s.circular = h.row_sums != 0, s.bound = h.parameter;
+  s.min_width = s.min_height = s.min_slope = 1e-3;
+  std::vector<Buffer> buffers;
+  std::vector<std::pair<const char*, int64_t>> answer;
+  const auto input = [&](int64_t bytes) {
+    buffers.push_back(allocate(bytes));
+    receive(buffers.back().get(), static_cast<size_t>(bytes));
+    return buffers.back().get();
+  };
+  const auto output = [&](int64_t bytes) {
+    buffers.push_back(allocate(bytes));
+    answer.push_back({buffers.back().get(), bytes});
+    return buffers.back().get();
+  };
+  for (SplineOperand* x : {&s.x, &s.widths, &s.heights, &s.slopes}) {
+    InputHeader in;
+    receive(&in, sizeof in);
+    *x = {input(in.bytes), in.outer_stride, in.inner_stride, in.column_stride};
+  }
+  const int64_t elements = s.rows * s.columns;
+  if (backward) {
+    if (h.wanted & 1) s.grad = input(elements * item);
+    if (h.wanted & 2) s.grad_log_det = input(s.rows * wide);
+    if (h.wanted & 4) s.d_x = output(elements * item);
+    if (h.wanted & 8) s.d_widths = output(elements * s.bins * item);
+    if (h.wanted & 16) s.d_heights = output(elements * s.bins * item);
+    if (h.wanted & 32) s.d_slopes = output(elements * s.slope_count() * item);
+  } else {
+    s.y = output(elements * item);
+    s.log_det = output(s.rows * wide);
+  }
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  if (const char* error = cuda::sweep_spline(s, nullptr)) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  for (const auto& [data, bytes] : answer) {
+    if (bytes > 0) std::fwrite(data, static_cast<size_t>(bytes), 1, stdout);
+  }
+}
+
 // Name "pixels": channels and components come as inner and columns, the number of bins less one as
 // the parameter; sizes follow. Then x, logits, mu, log_scale and coeffs, each an OperandHeader and
 // its data; backward has the kept, the gradients, and an OperandHeader for the gradient of each.
@@ -385,6 +439,7 @@ int main() {
                          : name == "pixels"      ? run_pixels
                          : name == "planar_flow" ? run_flow<Planar>
                          : name == "radial_flow" ? run_flow<Radial>
+                         : name == "spline"      ? run_spline
                                                  : run_case;
     run_one(header);
   }
