@@ -16,6 +16,7 @@
 #include <torch/library.h>
 
 #include "rows.h"
+#include "scale.h"
 
 #ifdef FASTVAE_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -277,15 +278,24 @@ auto call_with_scale(c10::string_view name, const F& f) {
   }
   return f(First{});
 }
+// Of all maps, unless they are named.
 template <class... Maps, class F>
 auto with_scale(const char* op, c10::string_view parameterization, const F& f) {
-  if (!((parameterization == Maps::kName) || ...)) {
-    std::string known;
-    ((known += (known.empty() ? "" : ", ") + std::string(Maps::kName)), ...);
-    TORCH_CHECK_VALUE(false, "fastvae::", op, ": parameterization must be one of ", known, ", got ",
-                      parameterization);
+  if constexpr (sizeof...(Maps) == 0) {
+    return with_scale<LogVar, LogScale, Scale, Softplus>(op, parameterization, f);
+  } else {
+    if (!((parameterization == Maps::kName) || ...)) {
+      std::string known;
+      ((known += (known.empty() ? "" : ", ") + std::string(Maps::kName)), ...);
+      TORCH_CHECK_VALUE(false, "fastvae::", op, ": parameterization must be one of ", known,
+                        ", got ", parameterization);
+    }
+    return call_with_scale<Maps...>(parameterization, f);
   }
-  return call_with_scale<Maps...>(parameterization, f);
+}
+// The map of that name, as a number.
+inline ScaleMap scale_map(const char* op, c10::string_view parameterization) {
+  return with_scale(op, parameterization, []<class S>(S) { return S::kMap; });
 }
 
 // A sum over rows whose last argument is a scale, given by any of the maps.

@@ -250,9 +250,9 @@ def continuous_bernoulli_log_prob(x, a):
     return x * a - torch.log(integral)
 
 
-def logistic_bin(x, mean, s, half=1 / 255):
+def logistic_bin(x, mean, scale, half=1 / 255):
     """log of the mass of x's bin, by hyperbolic functions: at these scales they are in range."""
-    u, h = (x - mean) / s.exp(), half / s.exp()
+    u, h = (x - mean) / scale, half / scale
     inner = torch.log(torch.sinh(h) / (torch.cosh(u) + torch.cosh(h)))
     outer = torch.where(x > 0, u - h, -u - h)
     return torch.where(x.abs() > 1 - half, -torch.log1p(torch.exp(outer)), inner)
@@ -333,6 +333,9 @@ def with_scale(name):
     def laplace_log_prob(x, m, s):
         return -math.log(2) - torch.log(sigma(s)) - (x - m).abs() / sigma(s)
 
+    def bin_log_prob(x, m, s):
+        return logistic_bin(x, m, sigma(s))
+
     formulas = {
         f"Reparameterize<{name}>.Forward": Formula(
             lambda m, s, e: ([sample(m, s, e)], None), 2, outputs=1, noise=True, low=low
@@ -341,6 +344,7 @@ def with_scale(name):
             sample_backward, 2, outputs=1, noise=True, low=low
         ),
         **row_sum(f"GaussianLogProb<{name}>", gaussian_log_prob, 3, low=low),
+        **row_sum(f"DiscretizedLogistic<{name}>", bin_log_prob, 3, low=low, parameter=255.0),
     }
     if name != "LogVar":
         formulas |= row_sum(f"LaplaceLogProb<{name}>", laplace_log_prob, 3, low=low)
@@ -429,7 +433,6 @@ FORMULAS = {
     **{formula: spec for name in SIGMA for formula, spec in with_scale(name).items()},
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
-    **row_sum("DiscretizedLogistic", logistic_bin, 3, parameter=255.0),
     **row_sum("PoissonLogProb", poisson_log_prob, 2, low=0.1),
     **row_sum("NegativeBinomialLogProb", negative_binomial_log_prob, 3, low=0.1),
     **row_sum(
@@ -1021,6 +1024,7 @@ class Pixels:
     dtype: torch.dtype
     layout: str = "last"
     coeffs: bool = True
+    scale: str = "LogScale"
     wanted: int = 31
     highest_first: bool = False
     most_blocks: int = 2**31 - 1
@@ -1036,6 +1040,8 @@ class Pixels:
         ]
         draws = [torch.from_numpy(rng.uniform(-1.5, 1.5, self.sizes + end)) for end in self.ends]
         draws[0] = ((draws[0] + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+        if self.scale == "Scale":
+            draws[3] = 0.2 + draws[3].abs()
         self.inputs = [self.laid_out(x.to(self.dtype)) for x in draws[: 5 if self.coeffs else 4]]
         self.row_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         grad = torch.from_numpy(rng.uniform(-1, 1, math.prod(self.sizes)))
@@ -1054,13 +1060,14 @@ class Pixels:
 
     def reference(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         inputs = [x.to(torch.float64, copy=True).requires_grad_() for x in self.inputs]
-        x, logits, mu, log_scale = inputs[:4]
+        x, logits, mu, s = inputs[:4]
+        scale = SIGMA[self.scale](s)
         score = logits[..., 0, :].log_softmax(-1)
         for c in range(self.channels):
             mean = mu[..., c, :]
             for j in range(c if self.coeffs else 0):
                 mean = mean + inputs[4][..., c * (c - 1) // 2 + j, :].tanh() * x[..., j, :]
-            score = score + logistic_bin(x[..., c, :], mean, log_scale[..., c, :])
+            score = score + logistic_bin(x[..., c, :], mean, scale[..., c, :])
         log_prob = score.logsumexp(-1)
         grad = self.grad.double().reshape(self.sizes)
         return log_prob.detach(), list(torch.autograd.grad(log_prob, inputs, grad))
@@ -1075,7 +1082,8 @@ class Pixels:
 
         def send(backward: bool, *tail: bytes) -> memoryview:
             schedule = (0, 0, int(self.highest_first), self.most_blocks, -1, 0, 0, 0)
-            shape = (0, self.channels, self.components, 0, int(backward), 0, 0, 0)
+            scale = list(SIGMA).index(self.scale)  # in the order of ScaleMap
+            shape = (0, self.channels, self.components, scale, int(backward), 0, 0, 0)
             message = struct.pack(
                 "<64s17qd", b"pixels", DTYPES.index(self.dtype), *shape, *schedule, 255.0
             )
@@ -1123,7 +1131,20 @@ PIXELS = (
 @pytest.mark.parametrize("coeffs", [True, False])
 def test_pixels(program: Path, case, coeffs: bool, dtype: torch.dtype) -> None:
     sizes, channels, components, layout = case
-    pixels = Pixels(sizes, channels, components, dtype, layout, coeffs and channels > 1)
+    check_pixels(
+        program, Pixels(sizes, channels, components, dtype, layout, coeffs and channels > 1)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale", SIGMA)
+def test_scales_of_pixels(program: Path, scale: str, dtype: torch.dtype) -> None:
+    for layout in ("last", "first"):
+        check_pixels(program, Pixels((2, 1, 3, 5), 3, 10, dtype, layout, scale=scale))
+
+
+def check_pixels(program: Path, pixels: Pixels) -> None:
+    dtype = pixels.dtype
     value, grads = pixels.reference()
     results = pixels.results(program)
     scale = max(1.0, value.abs().max().item())  # a weight takes its exponential

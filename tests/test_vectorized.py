@@ -32,6 +32,12 @@ LOOPS = [
     "add_weights<float>",
     *(f"add_lines<{real}>" for real in REALS),
     *(f"gradient_lines<{real}, {sets}, true>" for real in REALS for sets in ("true", "false")),
+    *(
+        f"find_scales<fastvae::{scale}, {real}, {grad}>"
+        for scale in ("LogVar", "LogScale", "Scale", "Softplus")
+        for real in REALS
+        for grad in ("true", "false")
+    ),
     *(f"{loop}<{real}, {grad}>" for loop in PIXELS for real in REALS for grad in ("true", "false")),
     *(
         f"{loop}<{real}>"

@@ -313,9 +313,10 @@ void run_flow(const Header& h) {
 }
 
 // Name "pixels": channels and components come as inner and columns, the number of bins less one as
-// the parameter; sizes follow. Then x, logits, mu, log_scale and coeffs, each an OperandHeader and
-// its data; backward has the kept, the gradients, and an OperandHeader for the gradient of each.
-// The answer is log_prob and kept; or the gradients. An operand of no bytes is not there.
+// the parameter, the map to a scale as `inputs`; sizes follow. Then x, logits, mu, log_scale and
+// coeffs, each an OperandHeader and its data; backward has the kept, the gradients, and an
+// OperandHeader for the gradient of each. The answer is log_prob and kept; or the gradients. An
+// operand of no bytes is not there.
 struct OperandHeader {
   int64_t bytes;
   int64_t pixel[kMaxGroups], channel, component;
@@ -326,6 +327,7 @@ void run_pixels(const Header& h) {
   p.dtype = static_cast<DType>(h.dtype);
   p.channels = h.inner, p.components = h.columns;
   p.levels = h.parameter;
+  p.scale_map = static_cast<ScaleMap>(h.inputs);
   const bool backward = h.row_inputs != 0;
   receive(p.sizes, sizeof p.sizes);
   const int64_t row_item = h.dtype == 1 ? 8 : 4;
