@@ -165,14 +165,14 @@ __global__ void __launch_bounds__(kPixelThreads, 1) pixel_backward(const PixelMi
       for (int64_t c = 0; c < p.channels; ++c) {
         const LogisticScale<T> scale = pixel.scale(c, k);
         const auto slope = pixel.bin(c, k, scale.inverse).gradient();
-        const T d_mean = weighed(grad * weight, slope.mean);
+        const T d_mean = math::weighed(grad * weight, slope.mean);
         pixel.write(p.d_mu, c, k, d_mean);
         pixel.write(p.d_log_scale, c, k,
-                    weighed(grad * weight, weighed(slope.log_scale, scale.slope)));
+                    math::weighed(grad * weight, math::weighed(slope.log_scale, scale.slope)));
         for (int64_t j = 0; p.d_coeffs.data != nullptr && j < c; ++j) {
           const T slope_of = math::tanh(pixel.read(p.coeffs, pair_of(c, j), k)).slope;
           pixel.write(p.d_coeffs, pair_of(c, j), k,
-                      weighed(d_mean, slope_of * pixel.read(p.x, j, 0)));
+                      math::weighed(d_mean, slope_of * pixel.read(p.x, j, 0)));
         }
       }
     }
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kPixelThreads, 1) pixel_backward(const PixelMi
         for (int64_t c = j; c <= last; ++c) {
           const auto slope = pixel.bin(c, k, pixel.scale(c, k).inverse).gradient();
           const T share = c == j ? T(-1) : math::tanh(pixel.read(p.coeffs, pair_of(c, j), k)).value;
-          d_x += share * weighed(weight, slope.mean);
+          d_x += share * math::weighed(weight, slope.mean);
         }
       }
       d_x = sum_across<kTeam>(d_x);

@@ -131,12 +131,6 @@ struct Bin {
   }
 };
 
-// A factor of 0 leaves out the other, also where that is infinite.
-template <class T>
-FASTVAE_HD T weighed(T weight, T term) {
-  return weight == T(0) ? T(0) : weight * term;
-}
-
 template <class S>
 struct DiscretizedLogistic {
   static constexpr const char* kName = "discretized_logistic_log_prob";
@@ -155,7 +149,7 @@ struct DiscretizedLogistic {
     static FASTVAE_HD Values<T, 3> eval(T x, T mu, T s, T grad, T levels) {
       const auto scale = logistic_scale<S>(s);
       const auto d = Bin<T>(x, mu, T(0), scale.inverse, Bins<T>(levels)).gradient();
-      return {{-(grad * d.mean), grad * d.mean, grad * weighed(d.log_scale, scale.slope)}};
+      return {{-(grad * d.mean), grad * d.mean, grad * math::weighed(d.log_scale, scale.slope)}};
     }
   };
 };

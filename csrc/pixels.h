@@ -112,7 +112,7 @@ FASTVAE_CLONES void add_channel(const Bins<T>& all_bins, const T* x, TileView<T>
       if constexpr (kGradient) {
         const auto gradient = bin.gradient();
         d_mean->at[k][i] = gradient.mean;
-        d_log_scale->at[k][i] = weighed(gradient.log_scale, scales.slope.at[k][i]);
+        d_log_scale->at[k][i] = math::weighed(gradient.log_scale, scales.slope.at[k][i]);
       }
     }
   }
@@ -185,7 +185,7 @@ FASTVAE_CLONES void weigh_slopes(const PixelTile<T>& weight, const PixelTile<T>&
   for (int k = 0; k < n; ++k) {
     T* out = to + k * stride;
 #pragma omp simd
-    for (int i = 0; i < kLanes; ++i) out[i] = weighed(weight.at[k][i], slope.at[k][i]);
+    for (int i = 0; i < kLanes; ++i) out[i] = math::weighed(weight.at[k][i], slope.at[k][i]);
   }
 }
 

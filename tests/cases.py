@@ -861,6 +861,7 @@ BASIC: tuple[Case, ...] = (
         no_broadcast=OWN_SHAPES,
         copies=PAIRS,
         eager_bytes=lambda s: 4 * math.prod(s),
+        settings=("log_var",),
         rtol=_OF_PAIRS,
     ),
     Case(
@@ -873,7 +874,7 @@ BASIC: tuple[Case, ...] = (
         bench=((512, 32), (1024, 32), (4096, 64)),
         bytes_forward=3,
         bytes_full=9,
-        settings=(DATASET, "mss", False),
+        settings=(DATASET, "mss", False, "log_var"),
         options={"dataset_size": DATASET, "estimator": "mss"},
         sizes=lambda shape: (math.prod(shape[:-1]), shape[-1]),
         no_broadcast=OWN_SHAPES,
@@ -1001,6 +1002,12 @@ SCALES: tuple[Case, ...] = (
     _given_by("discretized_logistic_mixture_log_prob", "log_var"),
     _given_by("discretized_logistic_mixture_log_prob", "scale", alone=True),
     _given_by("discretized_logistic_mixture_log_prob", "softplus"),
+    _given_by("gaussian_mixture_log_prob", "log_scale"),
+    _given_by("gaussian_mixture_log_prob", "scale", alone=True),
+    _given_by("gaussian_mixture_log_prob", "softplus"),
+    _given_by("aggregate_posterior", "log_scale", of="mss"),
+    _given_by("aggregate_posterior", "scale", of="mss", alone=True),
+    _given_by("aggregate_posterior", "softplus", of="mss"),
 )
 
 CASES = (*BASIC, *FLOWS, *SCALES)

@@ -714,6 +714,7 @@ class Pairs:
     weighting: int = 0  # in the order of Weighting
     marginals: bool = False
     log_weights: bool = True
+    scale: str = "LogVar"
     highest_first: bool = False
     most_blocks: int = 2**31 - 1
 
@@ -722,6 +723,8 @@ class Pairs:
         shapes = [(self.rows, self.dims), *[(self.components, self.dims)] * 2]
         shapes += [(self.components,)] * self.log_weights
         draw = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+        if self.scale == "Scale":
+            draw[2] = 0.3 + draw[2].abs()
         self.inputs = [x.to(self.dtype) for x in draw]
         self.grads = [
             torch.randn(self.rows, generator=g, dtype=torch.float64).to(self.dtype)
@@ -745,8 +748,8 @@ class Pairs:
     def reference(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Outputs, and the gradients of the inputs, by autograd in float64."""
         inputs = [x.to(torch.float64, copy=True).requires_grad_() for x in self.inputs]
-        z, mu, log_var = inputs[:3]
-        density = torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z[:, None])
+        z, mu, s = inputs[:3]
+        density = torch.distributions.Normal(mu, SIGMA[self.scale](s)).log_prob(z[:, None])
         log_w = self.log_w() + (inputs[3] if self.log_weights else 0.0)
         outputs = [torch.logsumexp(log_w + density.sum(-1), 1)]
         if self.marginals:
@@ -765,7 +768,8 @@ class Pairs:
             b"pairs",
             DTYPES.index(self.dtype),
             *(self.rows, self.components, self.dims),
-            *(0, 0, 0, 0, 15 if self.log_weights else 7),
+            list(SIGMA).index(self.scale),  # in the order of ScaleMap
+            *(0, 0, 0, 15 if self.log_weights else 7),
             *schedule,
             0.0,
         )
@@ -795,15 +799,25 @@ PAIRS = (
 @pytest.mark.parametrize("sizes", PAIRS, ids=str)
 def test_pairs(program: Path, sizes: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
     rows, components, dims, weighting, marginals = sizes
-    pairs = Pairs(rows, components, dims, dtype, weighting, marginals, log_weights=not marginals)
+    check_pairs(program, Pairs(rows, components, dims, dtype, weighting, marginals, not marginals))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale", SIGMA)
+def test_scales_of_pairs(program: Path, scale: str, dtype: torch.dtype) -> None:
+    for marginals in (False, True):
+        check_pairs(program, Pairs(7, 7, 40, dtype, 0, marginals, not marginals, scale))
+
+
+def check_pairs(program: Path, pairs: Pairs) -> None:
     outputs, grads = pairs.reference()
     scale = max(1.0, *(o.abs().max().item() for o in outputs))  # a weight takes its exponential
-    tolerance = scale * (1e-6 if dtype == torch.float32 else 1e-14)
+    tolerance = scale * (1e-6 if pairs.dtype == torch.float32 else 1e-14)
     for got, want in zip(pairs.results(program), [*outputs, *grads], strict=True):
         assert got.shape == want.shape
         if want.numel() > 0:
             error = (got.double() - want).abs().max()
-            assert error <= tolerance * max(1.0, want.abs().max().item()), (sizes, error)
+            assert error <= tolerance * max(1.0, want.abs().max().item()), (pairs, error)
 
 
 @pytest.mark.parametrize("marginals", [False, True])

@@ -14,6 +14,7 @@ import fastvae
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER = {"x86-64-v4": "zmm", "x86-64-v3": "ymm"}
 REALS = ("float", "double")
+MAPS = ("LogVar", "LogScale", "Scale", "Softplus")
 PIXELS = ("add_channel", "lean")
 LOOPS = [
     *(f"{loop}<{real}>" for loop in ("box_muller", "gumbels", "sum", "add_rows") for real in REALS),
@@ -26,7 +27,11 @@ LOOPS = [
     "raise_lanes<fastvae::LogMeanExp, float>",
     "add_lanes<fastvae::LogMeanExp, float>",
     "scale_lanes<fastvae::LogMeanExp, float>",
-    "prepare_components<float>",
+    *(
+        f"{loop}<fastvae::{scale}, float>"
+        for loop in ("prepare_components", "chain_scales")
+        for scale in MAPS
+    ),
     "absorb<float>",
     "absorb_marginals<float>",
     "add_weights<float>",
@@ -34,7 +39,7 @@ LOOPS = [
     *(f"gradient_lines<{real}, {sets}, true>" for real in REALS for sets in ("true", "false")),
     *(
         f"find_scales<fastvae::{scale}, {real}, {grad}>"
-        for scale in ("LogVar", "LogScale", "Scale", "Softplus")
+        for scale in MAPS
         for real in REALS
         for grad in ("true", "false")
     ),

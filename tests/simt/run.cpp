@@ -149,9 +149,10 @@ void run_case(const Header& h) {
   }
 }
 
-// Name "pairs": rows, components and dims come as outer, inner and columns; a PairHeader follows,
-// then the inputs that there are, contiguous: z, mu, log_var, log_weights, kept, grad, grad_prod.
-// The answer is log_prob, log_prod, kept; or d_z, d_mu, d_log_var, d_log_weights, as wanted.
+// Name "pairs": rows, components and dims come as outer, inner and columns, the map to a scale as
+// `inputs`; a PairHeader follows, then the inputs that there are, contiguous: z, mu, log_var,
+// log_weights, kept, grad, grad_prod. The answer is log_prob, log_prod, kept; or d_z, d_mu,
+// d_log_var, d_log_weights, as wanted.
 struct PairHeader {
   int64_t marginals, backward, log_weights, grad, grad_prod;
   int64_t weighting;
@@ -166,6 +167,7 @@ void run_pairs(const Header& h) {
   p.dtype = static_cast<DType>(h.dtype);
   p.marginals = more.marginals != 0;
   p.rows = h.outer, p.components = h.inner, p.dims = h.columns;
+  p.scale_map = static_cast<ScaleMap>(h.inputs);
   p.weights = {static_cast<Weighting>(more.weighting), more.rest, more.own, more.next};
 
   std::vector<Buffer> buffers;
