@@ -17,7 +17,17 @@ REALS = ("float", "double")
 MAPS = ("LogVar", "LogScale", "Scale", "Softplus")
 PIXELS = ("add_channel", "lean")
 LOOPS = [
-    *(f"{loop}<{real}>" for loop in ("box_muller", "gumbels", "sum", "add_rows") for real in REALS),
+    *(
+        f"{loop}<{real}>"
+        for loop in ("box_muller", "gumbels", "sum", "add_rows", "weigh_rows", "scale_rows")
+        for real in REALS
+    ),
+    *(
+        f"{loop}<{prior}, {real}>"
+        for loop in ("add_kl_rows", "kl_gradient_rows")
+        for prior in ("true", "false")
+        for real in REALS
+    ),
     "raise_rows<fastvae::cpu::Plain, float>",
     "raise_rows<fastvae::GumbelOneHot, float>",
     "gather<fastvae::BFloat16, float>",
