@@ -16,6 +16,7 @@
 #include <torch/library.h>
 
 #include "rows.h"
+#include "scale.h"
 
 #ifdef FASTVAE_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -290,10 +291,18 @@ auto with_one_of(const char* op, const char* argument, c10::string_view name, co
   return call_with_named<Types...>(name, f);
 }
 
-// The map to a scale (scale.h), of those that the op takes.
+// The map to a scale (scale.h), of those that the op takes: all of them, unless they are named.
 template <class... Maps, class F>
 auto with_scale(const char* op, c10::string_view parameterization, const F& f) {
-  return with_one_of<Maps...>(op, "parameterization", parameterization, f);
+  if constexpr (sizeof...(Maps) == 0) {
+    return with_scale<LogVar, LogScale, Scale, Softplus>(op, parameterization, f);
+  } else {
+    return with_one_of<Maps...>(op, "parameterization", parameterization, f);
+  }
+}
+// The map of that name, as a number.
+inline ScaleMap scale_map(const char* op, c10::string_view parameterization) {
+  return with_scale(op, parameterization, []<class S>(S) { return S::kMap; });
 }
 
 // A sum over rows whose last argument is a scale, given by any of the maps.

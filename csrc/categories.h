@@ -51,9 +51,29 @@ FASTVAE_CLONES void raise_rows(const T* x, int64_t rows, int64_t columns, T* max
   }
 }
 
-// Of each row the sum: kLanes running sums of up to kSumPiece elements, then a tree over the lanes;
-// the pieces in double.
+// The sum of term(c, c < columns) over a long row: kLanes running sums of up to kSumPiece elements,
+// then a tree over the lanes; the pieces in double. Whole vectors are asked for, so that a term may
+// write what it makes of its column.
 inline constexpr int64_t kSumPiece = 32 * kLanes;
+template <class T, class Term>
+inline __attribute__((always_inline)) T add_long_row(int64_t columns, const Term& term) {
+  double total = 0;
+  for (int64_t first = 0; first < columns; first += kSumPiece) {
+    const int64_t last = std::min(columns, first + kSumPiece);
+    T lanes[kLanes] = {};
+    for (int64_t c = first; c < last; c += kLanes) {
+      const int rest = static_cast<int>(std::min<int64_t>(kLanes, last - c));
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) lanes[l] += term(c + l, l < rest);
+    }
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+    }
+    total += lanes[0];
+  }
+  return static_cast<T>(total);
+}
+
 template <class T>
 FASTVAE_CLONES void add_rows(const T* x, int64_t rows, int64_t columns, T* sum) {
   if (columns < kShortRow) {
@@ -65,21 +85,9 @@ FASTVAE_CLONES void add_rows(const T* x, int64_t rows, int64_t columns, T* sum) 
     return;
   }
   for (int64_t r = 0; r < rows; ++r, x += columns) {
-    double total = 0;
-    for (int64_t first = 0; first < columns; first += kSumPiece) {
-      const int64_t last = std::min(columns, first + kSumPiece);
-      T lanes[kLanes] = {};
-      for (int64_t c = first; c < last; c += kLanes) {
-        const int rest = static_cast<int>(std::min<int64_t>(kLanes, last - c));
-#pragma omp simd
-        for (int l = 0; l < kLanes; ++l) lanes[l] += l < rest ? x[c + l] : T(0);
-      }
-      for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-      }
-      total += lanes[0];
-    }
-    sum[r] = static_cast<T>(total);
+    sum[r] = add_long_row<T>(columns, [&](int64_t c, bool inside) __attribute__((always_inline)) {
+      return inside ? x[c] : T(0);
+    });
   }
 }
 
@@ -91,6 +99,105 @@ FASTVAE_CLONES void spread_rows(const T* values, int64_t rows, int64_t columns, 
 #pragma omp simd
       for (int l = 0; l < kLanes; ++l) to[c + l] = values[r];
     }
+  }
+}
+
+// ---- long rows ----------------------------------------------------------------------------------
+//
+// What short rows do in steps over the tile, a loop over one long row does in one: what the row
+// shares stays in registers, and a sum needs no pass of its own. Columns beyond the last one belong
+// to the next row: they are left as they are.
+
+// visit(c, c < columns) for all columns, whole vectors of them.
+template <class Visit>
+inline __attribute__((always_inline)) void over_long_row(int64_t columns, const Visit& visit) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int rest = static_cast<int>(std::min<int64_t>(kLanes, columns - c));
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) visit(c + l, l < rest);
+  }
+}
+
+// The weights of a softmax, and their sum.
+template <class T>
+FASTVAE_CLONES void weigh_rows(const T* scores, int64_t rows, int64_t columns, const T* max,
+                               T inverse_temperature, T* weights, T* sum) {
+  for (int64_t r = 0; r < rows; ++r, scores += columns, weights += columns) {
+    const T most = max[r];
+    sum[r] = add_long_row<T>(columns, [&](int64_t c, bool inside) __attribute__((always_inline)) {
+      const T weight = SoftmaxWeight::eval<T>(scores[c], most, inverse_temperature).v[0];
+      weights[c] = inside ? weight : weights[c];
+      return inside ? weight : T(0);
+    });
+  }
+}
+
+template <class T>
+FASTVAE_CLONES void scale_rows(T* x, int64_t rows, int64_t columns, const T* values) {
+  for (int64_t r = 0; r < rows; ++r, x += columns) {
+    const T value = values[r];
+    over_long_row(columns, [&](int64_t c, bool inside) __attribute__((always_inline)) {
+      x[c] = inside ? Product::eval<T>(x[c], value).v[0] : x[c];
+    });
+  }
+}
+
+// What ClassKl asks of a row.
+template <class T>
+struct KlRow {
+  T max_q, max_p, inverse_q, inverse_p, shift;
+};
+// The classes of rows: logits, and weights. Without a prior those of p are not looked at.
+template <class T>
+struct KlTile {
+  const T *q, *p, *weight_q, *weight_p;
+  const KlRow<T>* rows;
+  int64_t count, columns;
+};
+template <bool kPrior, class T>
+FASTVAE_HD T log_ratio(const KlTile<T>& x, const KlRow<T>& row, int64_t i) {
+  if constexpr (kPrior) {
+    return ClassKl::LogRatio::eval<T>(x.q[i], x.p[i], row.max_q, row.max_p).v[0];
+  } else {
+    return -ClassKl::Below::eval<T>(x.q[i], row.max_q).v[0];
+  }
+}
+
+template <bool kPrior, class T>
+FASTVAE_CLONES void add_kl_rows(const KlTile<T>& tile, T* kl) {
+  const KlTile<T> x = tile;
+  const T uniform = T(1) / static_cast<T>(x.columns);
+  for (int64_t r = 0; r < x.count; ++r) {
+    const KlRow<T> row = x.rows[r];
+    const int64_t first = r * x.columns;
+    kl[r] = add_long_row<T>(x.columns, [&](int64_t c, bool inside) __attribute__((always_inline)) {
+      const int64_t i = first + c;
+      const T term =
+          ClassKl::Term::eval<T>(x.weight_q[i], kPrior ? x.weight_p[i] : uniform, row.inverse_q,
+                                 row.inverse_p, log_ratio<kPrior>(x, row, i), row.shift)
+              .v[0];
+      return inside ? term : T(0);
+    });
+  }
+}
+
+template <bool kPrior, class T>
+FASTVAE_CLONES void kl_gradient_rows(const KlTile<T>& tile, const T* kl, const T* grad, T* d_q,
+                                     T* d_p) {
+  const KlTile<T> x = tile;
+  const T uniform = T(1) / static_cast<T>(x.columns);
+  for (int64_t r = 0; r < x.count; ++r) {
+    const KlRow<T> row = x.rows[r];
+    const T row_kl = kl[r], row_grad = grad[r];
+    const int64_t first = r * x.columns;
+    over_long_row(x.columns, [&](int64_t c, bool inside) __attribute__((always_inline)) {
+      const int64_t i = first + c;
+      const Values<T, 2> d = ClassKl::Gradient::eval<T>(
+          x.weight_q[i], kPrior ? x.weight_p[i] : uniform, row.inverse_q, row.inverse_p,
+          log_ratio<kPrior>(x, row, i), row.shift, row_kl, row_grad);
+      d_q[i] = inside ? d.v[0] : d_q[i];
+      if constexpr (kPrior) d_p[i] = inside ? d.v[1] : d_p[i];
+    });
   }
 }
 
@@ -156,7 +263,7 @@ class CategorySweep {
   template <bool kPrior>
   void kl(int64_t begin, int64_t end) {
     each_tile(begin, end, [&] {
-      compare<kPrior>();
+      is_long() ? compare_long<kPrior>() : compare<kPrior>();
       std::copy_n(kl_, rows_, static_cast<T*>(s_.row_sum) + row_);
     });
   }
@@ -164,6 +271,13 @@ class CategorySweep {
   template <bool kPrior>
   void kl_backward(int64_t begin, int64_t end) {
     each_tile(begin, end, [&] {
+      if (is_long()) {
+        compare_long<kPrior>();
+        kl_gradient_rows<kPrior>(kl_tile_, kl_, grads(), buffer(0), buffer(2));
+        if (s_.outputs[0] != nullptr) write(s_.outputs[0], buffer(0));
+        if (kPrior && s_.outputs[1] != nullptr) write(s_.outputs[1], buffer(2));
+        return;
+      }
       compare<kPrior>();
       T *q = buffer(0), *p = buffer(2), *kl = buffer(1), *grad = buffer(7);
       spread_rows(kl_, rows_, s_.columns, kl);
@@ -197,7 +311,7 @@ class CategorySweep {
 
   void log_prob_backward(int64_t begin, int64_t end) {
     each_tile(begin, end, [&] {
-      T *y = buffer(0), *scratch = buffer(1);
+      T* y = buffer(0);
       read(s_.inputs[0], y);
       weigh(y, y, T(1), max_, sum_);
       const T* grad = grads();
@@ -205,8 +319,7 @@ class CategorySweep {
         const bool exists = CategoricalLogProb::exists(class_of(row_ + r), s_.columns);
         sum_[r] = exists ? -grad[r] / sum_[r] : not_a_number<T>();
       }
-      spread_rows(sum_, rows_, s_.columns, scratch);
-      apply<Product>({y, scratch}, {y});
+      scale(y, sum_);
       for (int64_t r = 0; r < rows_; ++r) {
         const int64_t x = class_of(row_ + r);
         if (CategoricalLogProb::exists(x, s_.columns)) y[r * s_.columns + x] += grad[r];
@@ -220,6 +333,7 @@ class CategorySweep {
       512;  // elements, of short rows: eight buffers fit into the first-level cache
   static constexpr int kBuffers = 8;
 
+  bool is_long() const { return s_.columns >= kShortRow; }
   T* buffer(int k) { return memory_.get() + k * stride_; }
 
   template <class Visit>
@@ -282,20 +396,35 @@ class CategorySweep {
   // The weights of each row relative to its largest, and both reductions.
   void weigh(const T* scores, T* weights, T inverse_temperature, T* max, T* sum) {
     raise_rows<Plain>(scores, rows_, s_.columns, max);
+    if (is_long()) {
+      weigh_rows(scores, rows_, s_.columns, max, inverse_temperature, weights, sum);
+      return;
+    }
     spread_rows(max, rows_, s_.columns, buffer(1));
     apply<SoftmaxWeight>({scores, buffer(1)}, {weights}, inverse_temperature);
     add_rows(weights, rows_, s_.columns, sum);
   }
 
+  void invert(const T* sum, T* inverse) const {
+    for (int64_t r = 0; r < rows_; ++r) inverse[r] = T(1) / sum[r];
+  }
   void spread_inverses(const T* sum, T* to) {
     T inverse[kTile];
-    for (int64_t r = 0; r < rows_; ++r) inverse[r] = T(1) / sum[r];
+    invert(sum, inverse);
     spread_rows(inverse, rows_, s_.columns, to);
   }
 
+  // Each row by a value of its own.
+  void scale(T* x, const T* values) {
+    if (is_long()) return scale_rows(x, rows_, s_.columns, values);
+    spread_rows(values, rows_, s_.columns, buffer(1));
+    apply<Product>({x, buffer(1)}, {x});
+  }
+
   void normalise(T* weights, const T* sum) {
-    spread_inverses(sum, buffer(1));
-    apply<Product>({weights, buffer(1)}, {weights});
+    T inverse[kTile];
+    invert(sum, inverse);
+    scale(weights, inverse);
   }
 
   void add_gradient() {
@@ -334,10 +463,7 @@ class CategorySweep {
     apply<SoftmaxWeight>({q, inverse_q}, {q}, T(1));
     add_rows(q, rows_, columns, sum_);
 
-    const T* const sums[] = {sum_, sum_p};
-    T* const of_rows[] = {shifts};
-    const T none[] = {T(0)};
-    evaluate<ClassKl::Shift, T>(sums, none, of_rows, padded(rows_));
+    find_shifts(sum_p, shifts);
     spread_rows(shifts, rows_, columns, shift);
     spread_inverses(sum_, inverse_q);
     if constexpr (kPrior) {
@@ -350,6 +476,35 @@ class CategorySweep {
     add_rows(scratch, rows_, columns, kl_);
   }
 
+  // The same of long rows, and kl_tile_ in place of the buffers that hold what a row shares.
+  template <bool kPrior>
+  void compare_long() {
+    T *q = buffer(0), *weight_q = buffer(1), *p = buffer(2), *weight_p = buffer(3);
+    T max_p[kTile], sum_p[kTile], shifts[kTile];
+    read(s_.inputs[0], q);
+    weigh(q, weight_q, T(1), max_, sum_);
+    if constexpr (kPrior) {
+      read(s_.inputs[1], p);
+      weigh(p, weight_p, T(1), max_p, sum_p);
+    } else {
+      std::fill_n(max_p, rows_, T(0));
+      std::fill_n(sum_p, padded(rows_), static_cast<T>(s_.columns));
+    }
+    find_shifts(sum_p, shifts);
+    for (int64_t r = 0; r < rows_; ++r) {
+      kl_rows_[r] = {max_[r], max_p[r], T(1) / sum_[r], kPrior ? T(1) / sum_p[r] : T(1), shifts[r]};
+    }
+    kl_tile_ = {q, p, weight_q, weight_p, kl_rows_, rows_, s_.columns};
+    add_kl_rows<kPrior>(kl_tile_, kl_);
+  }
+
+  void find_shifts(const T* sum_p, T* shifts) {
+    const T* const sums[] = {sum_, sum_p};
+    T* const of_rows[] = {shifts};
+    const T none[] = {T(0)};
+    evaluate<ClassKl::Shift, T>(sums, none, of_rows, padded(rows_));
+  }
+
   struct Delete {
     void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
@@ -360,6 +515,8 @@ class CategorySweep {
   T inverse_temperature_;
   int64_t row_ = 0, rows_ = 0;
   T max_[kTile], sum_[kTile], kl_[kTile];  // of rows
+  KlRow<T> kl_rows_[kTile / kShortRow];    // of long ones
+  KlTile<T> kl_tile_;
 };
 
 // Runs a method of the sweep for the dtype at hand.

@@ -26,7 +26,8 @@ struct PixelMixture {
   DType dtype = DType::kFloat32;  // of inputs and gradients; what is [pixels] is float, or double
   int64_t sizes[kMaxGroups] = {1, 1, 1, 1};  // of the pixels, which are counted innermost first
   int64_t channels = 0, components = 0;
-  double levels = 255;  // bins, less one
+  double levels = 255;                       // bins, less one
+  ScaleMap scale_map = ScaleMap::kLogScale;  // what log_scale holds
   PixelOperand x, logits, mu, log_scale, coeffs;
 
   void* log_prob = nullptr;    // [pixels]

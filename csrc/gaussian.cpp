@@ -10,11 +10,6 @@ using std::optional;
 
 using c10::string_view;
 
-template <class F>
-auto with_scale(const char* op, string_view parameterization, const F& f) {
-  return fastvae::with_scale<LogVar, LogScale, Scale, Softplus>(op, parameterization, f);
-}
-
 // The KL is never negative, so that forward always has its maximum with the free bits, 0 of none.
 // Backward would have to know the KL for it: a formula of its own.
 constexpr bool kFreeBits = true;

@@ -109,8 +109,7 @@ struct Laplace {
   // (x - mu) / b; exactly at the mean 0, not 0 * inf
   template <class T>
   static FASTVAE_HD T deviation(T x, T mu, T s) {
-    const T r = S::inverse_sigma(s);
-    return x == mu ? T(0) : (x - mu) * (r == math::largest<T>() ? math::kInfinity<T> : r);
+    return x == mu ? T(0) : (x - mu) * S::any_inverse_sigma(s);
   }
 };
 template <class S>

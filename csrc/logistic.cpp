@@ -17,6 +17,7 @@ const char* sweep_pixels(const PixelMixture& mixture, void* stream);
 
 namespace {
 
+using c10::string_view;
 using std::optional;
 
 double levels(const char* op, int64_t num_bins) {
@@ -26,7 +27,7 @@ double levels(const char* op, int64_t num_bins) {
 }
 
 struct DiscretizedLogisticLogProbOp {
-  static constexpr const char* kName = DiscretizedLogistic::kName;
+  static constexpr const char* kName = DiscretizedLogistic<LogScale>::kName;
 
   static RowOp op(const Tensor& x, const Tensor& mu, const Tensor& log_scale, int64_t num_bins) {
     RowOp op(kName, {{"x", x}, {"mu", mu}, {"log_scale", log_scale}});
@@ -35,18 +36,26 @@ struct DiscretizedLogisticLogProbOp {
   }
 
   static Tensor forward(const Tensor& x, const Tensor& mu, const Tensor& log_scale,
-                        int64_t num_bins) {
-    return op(x, mu, log_scale, num_bins).run<DiscretizedLogistic::Forward>().row_sum;
+                        int64_t num_bins, string_view parameterization) {
+    return with_scale(kName, parameterization, [&]<class S>(S) {
+      return op(x, mu, log_scale, num_bins)
+          .template run<typename DiscretizedLogistic<S>::Forward>()
+          .row_sum;
+    });
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                                      const Tensor& mu, const Tensor& log_scale,
-                                                     int64_t num_bins, std::array<bool, 3> wanted) {
-    auto [d_x, d_mu, d_log_scale] = op(x, mu, log_scale, num_bins)
-                                        .row_input("grad", grad)
-                                        .run<DiscretizedLogistic::Backward>(wanted)
-                                        .outputs;
-    return {d_x, d_mu, d_log_scale};
+                                                     int64_t num_bins, string_view parameterization,
+                                                     std::array<bool, 3> wanted) {
+    RowOp all = op(x, mu, log_scale, num_bins);
+    all.row_input("grad", grad);
+    return with_scale(kName, parameterization,
+                      [&]<class S>(S) -> std::tuple<Tensor, Tensor, Tensor> {
+                        auto [d_x, d_mu, d_log_scale] =
+                            all.run<typename DiscretizedLogistic<S>::Backward>(wanted).outputs;
+                        return {d_x, d_mu, d_log_scale};
+                      });
   }
 };
 
@@ -57,7 +66,7 @@ class PixelOp {
   static constexpr const char* kName = "discretized_logistic_mixture_log_prob";
 
   PixelOp(const Tensor& x, const Tensor& logits, const Tensor& mu, const Tensor& log_scale,
-          const optional<Tensor>& coeffs, int64_t num_bins)
+          const optional<Tensor>& coeffs, int64_t num_bins, string_view parameterization)
       : inputs_{x, logits, mu, log_scale, coeffs.value_or(Tensor())} {
     for (size_t i = 0; i < kInputs; ++i) {
       if (inputs_[i].defined() || i != kCoeffs)
@@ -71,6 +80,7 @@ class PixelOp {
                  "[..., C (C - 1) / 2, K] with the C of x and the K of logits");
     }
     levels_ = levels(kName, num_bins);
+    scale_map_ = scale_map(kName, parameterization);
     for (size_t i = 0; i < kInputs; ++i) {
       if (!inputs_[i].defined()) continue;
       const auto shape = inputs_[i].sym_sizes().slice(0, inputs_[i].dim() - kOwn[i]);
@@ -232,6 +242,7 @@ class PixelOp {
     p.channels = inputs_[0].size(-1);
     p.components = inputs_[1].size(-1);
     p.levels = levels_;
+    p.scale_map = scale_map_;
     for (size_t k = 0; k < 2 * kInputs; ++k) {
       const Tensor& x = tensor(k);
       if (!x.defined()) continue;
@@ -263,6 +274,7 @@ class PixelOp {
   std::array<Tensor, 5> inputs_;
   c10::SymDimVector shape_;  // of the pixels
   double levels_ = 0;
+  ScaleMap scale_map_ = ScaleMap::kLogScale;
 };
 
 struct DiscretizedLogisticMixtureLogProbOp {
@@ -270,23 +282,27 @@ struct DiscretizedLogisticMixtureLogProbOp {
   static constexpr Keeps kKeeps{.derivative = true, .everywhere = true};
 
   static Tensor forward(const Tensor& x, const Tensor& logits, const Tensor& mu,
-                        const Tensor& log_scale, const optional<Tensor>& coeffs, int64_t num_bins) {
-    return std::get<0>(PixelOp(x, logits, mu, log_scale, coeffs, num_bins).forward(false));
+                        const Tensor& log_scale, const optional<Tensor>& coeffs, int64_t num_bins,
+                        string_view parameterization) {
+    PixelOp op(x, logits, mu, log_scale, coeffs, num_bins, parameterization);
+    return std::get<0>(op.forward(/*keep=*/false));
   }
 
   static std::tuple<Tensor, Tensor> forward_keeping(const Tensor& x, const Tensor& logits,
                                                     const Tensor& mu, const Tensor& log_scale,
                                                     const optional<Tensor>& coeffs,
-                                                    int64_t num_bins) {
-    return PixelOp(x, logits, mu, log_scale, coeffs, num_bins).forward(true);
+                                                    int64_t num_bins,
+                                                    string_view parameterization) {
+    PixelOp op(x, logits, mu, log_scale, coeffs, num_bins, parameterization);
+    return op.forward(/*keep=*/true);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       const Tensor& grad, const Tensor& x, const Tensor& logits, const Tensor& mu,
       const Tensor& log_scale, const optional<Tensor>& coeffs, const optional<Tensor>& kept,
-      int64_t num_bins, std::array<bool, 5> wanted) {
-    auto [d_x, d_logits, d_mu, d_log_scale, d_coeffs] =
-        PixelOp(x, logits, mu, log_scale, coeffs, num_bins).backward(grad, kept, wanted);
+      int64_t num_bins, string_view parameterization, std::array<bool, 5> wanted) {
+    PixelOp op(x, logits, mu, log_scale, coeffs, num_bins, parameterization);
+    auto [d_x, d_logits, d_mu, d_log_scale, d_coeffs] = op.backward(grad, kept, wanted);
     return {d_x, d_logits, d_mu, d_log_scale, d_coeffs};
   }
 };
@@ -294,17 +310,19 @@ struct DiscretizedLogisticMixtureLogProbOp {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  const std::string settings = "int num_bins=256, str parameterization=\"log_scale\"";
+  const std::string backward_settings = "int num_bins, str parameterization, ";
   define<DiscretizedLogisticLogProbOp>(
-      m, "(Tensor x, Tensor mu, Tensor log_scale, int num_bins=256) -> Tensor",
-      "(Tensor grad, Tensor x, Tensor mu, Tensor log_scale, int num_bins, bool[3] wanted) "
-      "-> (Tensor, Tensor, Tensor)");
+      m, "(Tensor x, Tensor mu, Tensor log_scale, " + settings + ") -> Tensor",
+      "(Tensor grad, Tensor x, Tensor mu, Tensor log_scale, " + backward_settings +
+          "bool[3] wanted) -> (Tensor, Tensor, Tensor)");
   const std::string inputs = "Tensor x, Tensor logits, Tensor mu, Tensor log_scale, Tensor? coeffs";
-  const std::string mixture = "(" + inputs + "=None, int num_bins=256) -> ";
-  define<DiscretizedLogisticMixtureLogProbOp>(m, mixture + "Tensor",
-                                              "(Tensor grad, " + inputs +
-                                                  ", Tensor? kept, int num_bins, bool[5] wanted) "
-                                                  "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-                                              mixture + "(Tensor, Tensor)");
+  const std::string mixture = "(" + inputs + "=None, " + settings + ") -> ";
+  define<DiscretizedLogisticMixtureLogProbOp>(
+      m, mixture + "Tensor",
+      "(Tensor grad, " + inputs + ", Tensor? kept, " + backward_settings +
+          "bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      mixture + "(Tensor, Tensor)");
 }
 
 }  // namespace fastvae

@@ -7,7 +7,16 @@
 
 namespace fastvae::cuda {
 
-FASTVAE_INSTANTIATE(DiscretizedLogistic)
+FASTVAE_INSTANTIATE(DiscretizedLogistic<LogVar>)
+FASTVAE_INSTANTIATE(DiscretizedLogistic<LogScale>)
+FASTVAE_INSTANTIATE(DiscretizedLogistic<Scale>)
+FASTVAE_INSTANTIATE(DiscretizedLogistic<Softplus>)
+
+// By the map of a number: one kernel serves them all, and all its threads take the same branch.
+template <class T>
+FASTVAE_HD LogisticScale<T> scale_by(ScaleMap map, T s) {
+  return with_map(map, [&]<class S>(S) { return logistic_scale<S>(s); });
+}
 
 inline constexpr int kPixelThreads = 128;
 
@@ -43,22 +52,26 @@ struct PixelReader {
     store(to[place(x, channel, component)], value);
   }
 
-  __device__ Bin<T> bin(int64_t c, int64_t k, T log_scale) const {
+  __device__ LogisticScale<T> scale(int64_t c, int64_t k) const {
+    return scale_by(p.scale_map, read(p.log_scale, c, k));
+  }
+
+  __device__ Bin<T> bin(int64_t c, int64_t k, T inverse_scale) const {
     T shift = 0;
     if (p.coeffs.data != nullptr) {
       for (int64_t j = 0; j < c; ++j) {
         shift += math::tanh(read(p.coeffs, pair_of(c, j), k)).value * read(p.x, j, 0);
       }
     }
-    return Bin<T>(read(p.x, c, 0), read(p.mu, c, k), shift, log_scale, bins);
+    return Bin<T>(read(p.x, c, 0), read(p.mu, c, k), shift, inverse_scale, bins);
   }
 
   // The logarithm of the component's probability of all channels.
   __device__ T score(int64_t k) const {
     T linear = 0, ratio = 1;
     for (int64_t c = 0; c < p.channels; ++c) {
-      const T log_scale = read(p.log_scale, c, k);
-      const auto score = bin(c, k, log_scale).score(log_scale, bins);
+      const LogisticScale<T> s = scale(c, k);
+      const auto score = bin(c, k, s.inverse).score(s.log, bins);
       linear += score.linear;
       ratio *= score.ratio;
       if (c % 16 == 15) {  // a product of sixteen is still a normal number
@@ -150,14 +163,16 @@ __global__ void __launch_bounds__(kPixelThreads, 1) pixel_backward(const PixelMi
       const T weight = math::exp_weight(relative + pixel.score(k) - kept);
       pixel.write(p.d_logits, 0, k, grad * (weight - math::exp_weight(relative - kept_weights)));
       for (int64_t c = 0; c < p.channels; ++c) {
-        const auto slope = pixel.bin(c, k, pixel.read(p.log_scale, c, k)).gradient();
-        const T d_mean = weighed(grad * weight, slope.mean);
+        const LogisticScale<T> scale = pixel.scale(c, k);
+        const auto slope = pixel.bin(c, k, scale.inverse).gradient();
+        const T d_mean = math::weighed(grad * weight, slope.mean);
         pixel.write(p.d_mu, c, k, d_mean);
-        pixel.write(p.d_log_scale, c, k, weighed(grad * weight, slope.log_scale));
+        pixel.write(p.d_log_scale, c, k,
+                    math::weighed(grad * weight, math::weighed(slope.log_scale, scale.slope)));
         for (int64_t j = 0; p.d_coeffs.data != nullptr && j < c; ++j) {
           const T slope_of = math::tanh(pixel.read(p.coeffs, pair_of(c, j), k)).slope;
           pixel.write(p.d_coeffs, pair_of(c, j), k,
-                      weighed(d_mean, slope_of * pixel.read(p.x, j, 0)));
+                      math::weighed(d_mean, slope_of * pixel.read(p.x, j, 0)));
         }
       }
     }
@@ -169,9 +184,9 @@ __global__ void __launch_bounds__(kPixelThreads, 1) pixel_backward(const PixelMi
         const T weight = grad * math::exp_weight(relative + pixel.score(k) - kept);
         const int64_t last = p.coeffs.data != nullptr ? p.channels - 1 : j;
         for (int64_t c = j; c <= last; ++c) {
-          const auto slope = pixel.bin(c, k, pixel.read(p.log_scale, c, k)).gradient();
+          const auto slope = pixel.bin(c, k, pixel.scale(c, k).inverse).gradient();
           const T share = c == j ? T(-1) : math::tanh(pixel.read(p.coeffs, pair_of(c, j), k)).value;
-          d_x += share * weighed(weight, slope.mean);
+          d_x += share * math::weighed(weight, slope.mean);
         }
       }
       d_x = sum_across<kTeam>(d_x);

@@ -1,6 +1,6 @@
 // Pixels by logistic distributions, discretised to the bins that a screen shows. All in nats.
 //
-// x in [-1, 1] is the centre of one of n bins, of half-width d = 1/(n - 1). With r = e^-log_scale a
+// x in [-1, 1] is the centre of one of n bins, of half-width d = 1/(n - 1). With r = 1 / scale a
 // bin's probability is the difference of two sigmoids, at p = (x - mean + d) r and
 // m = (x - mean - d) r; the first bin is open to -inf, the last to +inf. A difference of numbers
 // near 0, or near 1, has no digits left; but it is a product,
@@ -9,6 +9,7 @@
 // no mid-bin approximation, and no clamp of the scale: all of it holds for any scale and distance.
 #pragma once
 
+#include "scale.h"
 #include "sweep.h"
 
 namespace fastvae {
@@ -26,6 +27,20 @@ struct Bins {
     log_width = math::log_normal(half + half);
   }
 };
+
+// The scale of a logistic distribution by what its bins ask of it: r, of a point +inf; the scale's
+// logarithm; and the slope of that in s. The first two are NaN where s is no scale.
+template <class T>
+struct LogisticScale {
+  T inverse, log, slope;
+};
+template <class S, class T>
+FASTVAE_HD LogisticScale<T> logistic_scale(T s) {
+  const T log = S::log_sigma(s);
+  // Never 0: x - mu may overflow, and no x - mu that does not tells it from 0.
+  const T inverse = math::max(math::from_bits(math::Bits<T>(1)), S::any_inverse_sigma(s));
+  return {log == log ? inverse : log, log, S::d_log_sigma(s)};
+}
 
 // One value in its bin. A sign is taken out, so that the nearer of the bin's two edges (the only
 // one, of an open bin) is always m: miss = m >= -d r.
@@ -47,7 +62,7 @@ struct Bin {
   };
 
   // shift is what the mean has beyond mu.
-  FASTVAE_HD Bin(T x, T mu, T shift, T log_scale, const Bins<T>& bins) {
+  FASTVAE_HD Bin(T x, T mu, T shift, T inverse, const Bins<T>& bins) : inverse_scale(inverse) {
     const T edge = T(1) - bins.half;
     const bool first = x<-edge, last = x> edge;
     open = first | last;
@@ -60,8 +75,6 @@ struct Bin {
     offset = flipped ? -offset : offset;
     error = flipped ? -error : error;
 
-    // Never 0: x - mu may overflow, and no x - mu that does not tells it from 0.
-    inverse_scale = math::exp(-math::min(T(-1) - math::Real<T>::kExpZero, log_scale));
     miss = scaled((offset - bins.half) + (error - bins.half_low));
     reach = scaled(math::max(T(0), offset) + bins.half);
     width = (bins.half + bins.half) * inverse_scale;
@@ -118,22 +131,25 @@ struct Bin {
   }
 };
 
+template <class S>
 struct DiscretizedLogistic {
   static constexpr const char* kName = "discretized_logistic_log_prob";
 
   struct Forward : Formula<Shape{.inputs = 3, .row_sums = 1, .parameters = 1}> {
     template <class T>
-    static FASTVAE_HD Values<T, 1> eval(T x, T mu, T log_scale, T levels) {
+    static FASTVAE_HD Values<T, 1> eval(T x, T mu, T s, T levels) {
       const Bins<T> bins(levels);
-      const auto score = Bin<T>(x, mu, T(0), log_scale, bins).score(log_scale, bins);
+      const auto scale = logistic_scale<S>(s);
+      const auto score = Bin<T>(x, mu, T(0), scale.inverse, bins).score(scale.log, bins);
       return {{score.linear + math::log_near(score.ratio, score.excess)}};
     }
   };
   struct Backward : Formula<Shape{.inputs = 3, .row_inputs = 1, .outputs = 3, .parameters = 1}> {
     template <class T>
-    static FASTVAE_HD Values<T, 3> eval(T x, T mu, T log_scale, T grad, T levels) {
-      const auto d = Bin<T>(x, mu, T(0), log_scale, Bins<T>(levels)).gradient();
-      return {{-(grad * d.mean), grad * d.mean, grad * d.log_scale}};
+    static FASTVAE_HD Values<T, 3> eval(T x, T mu, T s, T grad, T levels) {
+      const auto scale = logistic_scale<S>(s);
+      const auto d = Bin<T>(x, mu, T(0), scale.inverse, Bins<T>(levels)).gradient();
+      return {{-(grad * d.mean), grad * d.mean, grad * math::weighed(d.log_scale, scale.slope)}};
     }
   };
 };
@@ -157,11 +173,5 @@ struct Normaliser {
     kept_weights = none ? math::kInfinity<T> : log_weights;
   }
 };
-
-// A weight of 0 leaves out its term, also where that is infinite.
-template <class T>
-FASTVAE_HD T weighed(T weight, T term) {
-  return weight == T(0) ? T(0) : weight * term;
-}
 
 }  // namespace fastvae

@@ -77,6 +77,11 @@ template <class T>
 FASTVAE_HD constexpr T largest() {
   return Real<T>::kLargest;
 }
+// A weight of 0 leaves out its term, also where that is infinite.
+template <class T>
+FASTVAE_HD T weighed(T weight, T term) {
+  return weight == T(0) ? T(0) : weight * term;
+}
 template <class T>
 FASTVAE_HD T abs(T x) {
   return from_bits(to_bits(x) & (~Bits<T>(0) >> 1));

@@ -15,18 +15,21 @@ const char* sweep_pairs(const Pairing& pairing, bool backward, void* stream);
 
 namespace {
 
+using c10::string_view;
 using std::optional;
 
 // One call: rows of z meet components. Inputs of any layout and half types are copied to contiguous
 // ones of the type computed in, which is little beside the pairs.
 class PairOp {
  public:
-  PairOp(const char* name, const Tensor& z, const Tensor& mu, const Tensor& log_var)
+  PairOp(const char* name, const Tensor& z, const Tensor& mu, const Tensor& log_var,
+         string_view parameterization)
       : name_(name), z_(z), mu_(mu), log_var_(log_var) {
     for (const Argument& argument :
          {Argument{"z", z}, Argument{"mu", mu}, Argument{"log_var", log_var}}) {
       check_input(name, argument, {"z", z});
     }
+    scale_map_ = scale_map(name, parameterization);
     rows_.assign(z.sym_sizes().begin(), z.sym_sizes().end() - 1);
   }
 
@@ -49,7 +52,7 @@ class PairOp {
   }
 
   // The posteriors of a batch, weighted as an estimator of q(z) has it.
-  PairOp& aggregate(optional<int64_t> dataset_size, c10::string_view estimator, bool legacy) {
+  PairOp& aggregate(optional<int64_t> dataset_size, string_view estimator, bool legacy) {
     TORCH_CHECK_VALUE(z_.dim() == 2, "fastvae::", name_, ": z must have shape [B, D], got ",
                       z_.sym_sizes());
     for (const Argument& x : {Argument{"mu", mu_}, Argument{"log_var", log_var_}}) {
@@ -151,6 +154,7 @@ class PairOp {
     Pairing p;
     p.dtype = type == at::kDouble ? DType::kFloat64 : DType::kFloat32;
     p.marginals = marginals_;
+    p.scale_map = scale_map_;
     p.dims = z_.size(-1);
     p.rows = 1;
     for (const c10::SymInt& size : rows_) p.rows *= size.expect_int();
@@ -236,6 +240,7 @@ class PairOp {
   c10::SmallVector<Tensor, 4> held_;  // alive while the engine reads them
   bool marginals_ = false, stratified_ = false, legacy_ = false;
   optional<int64_t> dataset_size_;
+  ScaleMap scale_map_;
 };
 
 struct GaussianMixtureLogProbOp {
@@ -243,24 +248,27 @@ struct GaussianMixtureLogProbOp {
   static constexpr Keeps kKeeps{.derivative = true, .everywhere = true};
 
   static Tensor forward(const Tensor& z, const Tensor& mu, const Tensor& log_var,
-                        const optional<Tensor>& log_weights) {
-    return PairOp(kName, z, mu, log_var).mixture(log_weights).forward(false).log_prob;
+                        const optional<Tensor>& log_weights, string_view parameterization) {
+    return PairOp(kName, z, mu, log_var, parameterization)
+        .mixture(log_weights)
+        .forward(false)
+        .log_prob;
   }
 
   static std::tuple<Tensor, Tensor> forward_keeping(const Tensor& z, const Tensor& mu,
                                                     const Tensor& log_var,
-                                                    const optional<Tensor>& log_weights) {
-    auto result = PairOp(kName, z, mu, log_var).mixture(log_weights).forward(true);
+                                                    const optional<Tensor>& log_weights,
+                                                    string_view parameterization) {
+    auto result =
+        PairOp(kName, z, mu, log_var, parameterization).mixture(log_weights).forward(true);
     return {result.log_prob, result.kept};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
-                                                             const Tensor& mu,
-                                                             const Tensor& log_var,
-                                                             const optional<Tensor>& log_weights,
-                                                             const optional<Tensor>& kept,
-                                                             std::array<bool, 4> wanted) {
-    PairOp op(kName, z, mu, log_var);
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+      const Tensor& grad, const Tensor& z, const Tensor& mu, const Tensor& log_var,
+      const optional<Tensor>& log_weights, const optional<Tensor>& kept,
+      string_view parameterization, std::array<bool, 4> wanted) {
+    PairOp op(kName, z, mu, log_var, parameterization);
     auto [d_z, d_mu, d_log_var, d_log_weights] =
         op.mixture(log_weights).backward(grad, {}, kept, wanted);
     return {d_z, d_mu, d_log_var, d_log_weights};
@@ -273,8 +281,9 @@ struct AggregatePosteriorOp {
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& mu,
                                             const Tensor& log_var, optional<int64_t> dataset_size,
-                                            c10::string_view estimator, bool legacy_mss) {
-    PairOp op(kName, z, mu, log_var);
+                                            string_view estimator, bool legacy_mss,
+                                            string_view parameterization) {
+    PairOp op(kName, z, mu, log_var, parameterization);
     auto result = op.aggregate(dataset_size, estimator, legacy_mss).forward(false);
     return {result.log_prob, result.log_prod};
   }
@@ -282,9 +291,9 @@ struct AggregatePosteriorOp {
   static std::tuple<Tensor, Tensor, Tensor> forward_keeping(const Tensor& z, const Tensor& mu,
                                                             const Tensor& log_var,
                                                             optional<int64_t> dataset_size,
-                                                            c10::string_view estimator,
-                                                            bool legacy_mss) {
-    PairOp op(kName, z, mu, log_var);
+                                                            string_view estimator, bool legacy_mss,
+                                                            string_view parameterization) {
+    PairOp op(kName, z, mu, log_var, parameterization);
     auto result = op.aggregate(dataset_size, estimator, legacy_mss).forward(true);
     return {result.log_prob, result.log_prod, result.kept};
   }
@@ -292,9 +301,9 @@ struct AggregatePosteriorOp {
   static std::tuple<Tensor, Tensor, Tensor> backward(
       const optional<Tensor>& grad_log_qz, const optional<Tensor>& grad_log_prod_qz,
       const Tensor& z, const Tensor& mu, const Tensor& log_var, const optional<Tensor>& kept,
-      optional<int64_t> dataset_size, c10::string_view estimator, bool legacy_mss,
-      std::array<bool, 3> wanted) {
-    PairOp op(kName, z, mu, log_var);
+      optional<int64_t> dataset_size, string_view estimator, bool legacy_mss,
+      string_view parameterization, std::array<bool, 3> wanted) {
+    PairOp op(kName, z, mu, log_var, parameterization);
     auto [d_z, d_mu, d_log_var, none] = op.aggregate(dataset_size, estimator, legacy_mss)
                                             .backward(grad_log_qz, grad_log_prod_qz, kept,
                                                       {wanted[0], wanted[1], wanted[2], false});
@@ -305,19 +314,23 @@ struct AggregatePosteriorOp {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
-  const std::string mixture = "(Tensor z, Tensor mu, Tensor log_var, Tensor? log_weights=None) -> ";
+  const std::string mixture =
+      "(Tensor z, Tensor mu, Tensor log_var, Tensor? log_weights=None, str "
+      "parameterization=\"log_var\") -> ";
   define<GaussianMixtureLogProbOp>(
       m, mixture + "Tensor",
       "(Tensor grad, Tensor z, Tensor mu, Tensor log_var, Tensor? log_weights, Tensor? kept, "
-      "bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+      "str parameterization, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
       mixture + "(Tensor, Tensor)");
   const std::string settings =
-      "int? dataset_size=None, str estimator=\"mws\", bool legacy_mss=False";
+      "int? dataset_size=None, str estimator=\"mws\", bool legacy_mss=False, str "
+      "parameterization=\"log_var\"";
   const std::string batch = "(Tensor z, Tensor mu, Tensor log_var, " + settings + ") -> ";
   define<AggregatePosteriorOp>(
       m, batch + "(Tensor log_qz, Tensor log_prod_qz)",
       "(Tensor? grad_log_qz, Tensor? grad_log_prod_qz, Tensor z, Tensor mu, Tensor log_var, "
-      "Tensor? kept, int? dataset_size, str estimator, bool legacy_mss, bool[3] wanted) "
+      "Tensor? kept, int? dataset_size, str estimator, bool legacy_mss, str parameterization, "
+      "bool[3] wanted) "
       "-> (Tensor, Tensor, Tensor)",
       batch + "(Tensor, Tensor, Tensor)");
 }

@@ -6,19 +6,34 @@
 
 namespace fastvae {
 
-// log N(z; mu, e^log_var) = offset - score^2, of one dimension,
-//   score = (z - mu) scale,  scale = e^{-log_var / 2} / sqrt 2,  offset = -(log 2 pi + log_var)
-//   / 2.
+// log N(z; mu, sigma^2) = offset - score^2, of one dimension,
+//   score = (z - mu) scale,  scale = 1 / (sqrt 2 sigma),  offset = -log(2 pi) / 2 - log sigma.
 // The square of a difference, never the difference of squares: components may be far away.
 struct PairwiseGaussian {
+  // What a component's scale, given by s, is to all its pairs.
   template <class T>
-  static FASTVAE_HD T scale(T log_var) {
-    return T(0.70710678118654752) * LogVar::inverse_sigma(log_var);
+  struct Spread {
+    T scale, offset;
+  };
+  template <class S, class T>
+  static FASTVAE_HD Spread<T> spread(T s) {
+    return {T(0.70710678118654752) * S::inverse_sigma(s), Gaussian<S>::term(T(0), T(0), s)};
+  }
+  // The gradient by s of one that is by log sigma^2.
+  template <class S, class T>
+  static FASTVAE_HD T chain(T grad, T s) {
+    return math::weighed(grad, T(2) * S::d_log_sigma(s));
+  }
+  // By the map of a number.
+  template <class T>
+  static FASTVAE_HD Spread<T> spread(ScaleMap map, T s) {
+    return with_map(map, [&]<class S>(S) { return spread<S>(s); });
   }
   template <class T>
-  static FASTVAE_HD T offset(T log_var) {
-    return Gaussian<LogVar>::term(T(0), T(0), log_var);
+  static FASTVAE_HD T chain(ScaleMap map, T grad, T s) {
+    return with_map(map, [&]<class S>(S) { return chain<S>(grad, s); });
   }
+
   template <class T>
   static FASTVAE_HD T score(T z, T mu, T scale) {
     return (z - mu) * scale;

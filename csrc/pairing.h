@@ -21,6 +21,7 @@ struct Pairing {
   int64_t rows = 0, components = 0, dims = 0;
   const void* z = nullptr;                        // [rows, dims], contiguous as all the others
   const void *mu = nullptr, *log_var = nullptr;   // [components, dims]
+  ScaleMap scale_map = ScaleMap::kLogVar;         // what log_var holds
   const void* log_weights = nullptr;              // [components], or null: weights alone
   LogWeights weights;                             // and what the two numbers of a pair add
   void *log_prob = nullptr, *log_prod = nullptr;  // [rows]; null: not wanted

@@ -57,13 +57,14 @@ __global__ void __launch_bounds__(kSmallBlock, kResident) prepare_kernel(const P
     double sum = 0;
     for (int64_t d = warp_lane(); d < p.dims; d += kWarp) {
       const int64_t at = k * p.dims + d;
-      const T log_var = static_cast<const T*>(p.log_var)[at];
-      const T offset = PairwiseGaussian::offset(log_var);
-      const_cast<T*>(plan.scale)[at] = PairwiseGaussian::scale(log_var);
-      const_cast<T*>(plan.offsets)[at] = offset;
-      sum += static_cast<double>(offset);
+      const PairwiseGaussian::Spread<T> spread =
+          PairwiseGaussian::spread(p.scale_map, static_cast<const T*>(p.log_var)[at]);
+      const_cast<T*>(plan.scale)[at] = spread.scale;
+      const_cast<T*>(plan.offsets)[at] = spread.offset;
+      sum += static_cast<double>(spread.offset);
     }
-    sum = warp_sum(sum, kWarp);
+    // Of scales of 0 it may overflow: finite, so that no row is inf - inf.
+    sum = math::min(math::largest<double>(), warp_sum(sum, kWarp));
     if (p.log_weights != nullptr) {
       sum += static_cast<double>(static_cast<const T*>(p.log_weights)[k]);
     }
@@ -233,8 +234,11 @@ __global__ void __launch_bounds__(kSmallBlock, kResident)
         if constexpr (kRowsOwn) {
           static_cast<T*>(p.d_z)[i] = T(2) * means[h];
         } else {
-          if (p.d_mu != nullptr) static_cast<T*>(p.d_mu)[i] = T(2) * plan.scale[i] * means[h];
-          if (p.d_log_var != nullptr) static_cast<T*>(p.d_log_var)[i] = spreads[h];
+          if (p.d_mu != nullptr) static_cast<T*>(p.d_mu)[i] = T(2) * means[h] * plan.scale[i];
+          if (p.d_log_var != nullptr) {
+            static_cast<T*>(p.d_log_var)[i] = PairwiseGaussian::chain(
+                p.scale_map, spreads[h], static_cast<const T*>(p.log_var)[i]);
+          }
         }
       }
       if (!kRowsOwn && span == 0) {

@@ -97,44 +97,44 @@ void PackedPairs<T, kMarginals>::pack_rows(int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-FASTVAE_CLONES void prepare_components(const T* mu, const T* log_var, T* to, T* offsets) {
+template <class S, class T>
+FASTVAE_CLONES void prepare_components(const T* mu, const T* s, T* to, T* offsets) {
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
+    const PairwiseGaussian::Spread<T> spread = PairwiseGaussian::spread<S>(s[l]);
     to[l] = mu[l];
-    to[kLanes + l] = PairwiseGaussian::scale(log_var[l]);
-    offsets[l] = PairwiseGaussian::offset(log_var[l]);
+    to[kLanes + l] = spread.scale;
+    offsets[l] = spread.offset;
   }
 }
 
 template <class T, bool kMarginals>
 void PackedPairs<T, kMarginals>::pack_components(int64_t begin, int64_t end) {
-  const T *all_mu = static_cast<const T*>(p_.mu), *all_log_var = static_cast<const T*>(p_.log_var);
+  const T *all_mu = static_cast<const T*>(p_.mu), *all_s = static_cast<const T*>(p_.log_var);
+  const T* log_weights = static_cast<const T*>(p_.log_weights);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kLanes, count = std::min<int64_t>(kLanes, p_.components - first);
     T* to = components_ + block * kLanes * padded_dims_ * kComponentFields;
-    double sums[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const T* log_weights = static_cast<const T*>(p_.log_weights);
-      sums[l] = l >= count               ? -math::kInfinity<T>  // a component that is not there
-                : log_weights != nullptr ? static_cast<double>(log_weights[first + l])
-                                         : 0.0;
-    }
+    double sums[kLanes] = {};
+    std::fill(sums + count, sums + kLanes, -math::kInfinity<T>);  // components that are not there
     for (int64_t d = 0; d < p_.dims; ++d, to += kComponentFields * kLanes) {
-      T mu[kLanes], log_var[kLanes], offsets[kLanes];
+      T mu[kLanes], s[kLanes], offsets[kLanes];
       for (int64_t l = 0; l < kLanes; ++l) {
         mu[l] = l < count ? all_mu[(first + l) * p_.dims + d] : T(0);
-        log_var[l] = l < count ? all_log_var[(first + l) * p_.dims + d] : T(0);
+        s[l] = l < count ? all_s[(first + l) * p_.dims + d] : T(1);
       }
-      prepare_components(mu, log_var, to, offsets);
+      with_map(p_.scale_map, [&]<class S>(S) { prepare_components<S>(mu, s, to, offsets); });
       std::fill(offsets + count, offsets + kLanes, -math::kInfinity<T>);
       if constexpr (kMarginals) std::copy_n(offsets, kLanes, to + 2 * kLanes);
       for (int64_t l = 0; l < count; ++l) sums[l] += static_cast<double>(offsets[l]);
     }
     std::fill_n(to, (padded_dims_ - p_.dims) * kComponentFields * kLanes, T(0));
     for (int64_t l = 0; l < kLanes; ++l) {
-      const T high = static_cast<T>(sums[l]);
-      const double low = sums[l] - static_cast<double>(high);
+      // Of scales of 0, in many dimensions, it may overflow: finite, so that no row is inf - inf.
+      double sum = math::min(static_cast<double>(math::largest<T>()), sums[l]);
+      if (log_weights != nullptr && l < count) sum += static_cast<double>(log_weights[first + l]);
+      const T high = static_cast<T>(sum);
+      const double low = sum - static_cast<double>(high);
       component_constants_[0][first + l] = high;
       component_constants_[1][first + l] = low == low ? static_cast<T>(low) : T(0);
     }
@@ -326,6 +326,18 @@ FASTVAE_CLONES void add_gradients(const T* lanes, const T* others, int64_t dims,
   }
 }
 
+// From gradients by log sigma^2, [dims][16], to those by what gave the scales of as many
+// components, [count][dims].
+template <class S, class T>
+FASTVAE_CLONES void chain_scales(const T* all_s, int64_t count, int64_t dims, T* grad) {
+  for (int64_t d = 0; d < dims; ++d, grad += kLanes) {
+    alignas(64) T s[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) s[l] = all_s[std::min(l, count - 1) * dims + d];
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) grad[l] = PairwiseGaussian::chain<S>(grad[l], s[l]);
+  }
+}
+
 template <class T>
 FASTVAE_CLONES void add_weights(const Square<T>& weight, T* sums) {
   for (int j = 0; j < kLanes; ++j) {
@@ -392,9 +404,16 @@ class PairSweep {
       const T* component = packed_.components(block);
       for (int64_t d = 0; d < p_.dims; ++d) {
         const T* scale = component + (d * Packed::kComponentFields + 1) * kLanes;
-        for (int l = 0; l < kLanes; ++l) d_mu[d * kLanes + l] *= T(2) * scale[l];
+        for (int l = 0; l < kLanes; ++l)
+          d_mu[d * kLanes + l] = T(2) * d_mu[d * kLanes + l] * scale[l];
       }
       unpack(d_mu, block, p_.components, p_.d_mu);
+      if (p_.d_log_var != nullptr) {
+        const int64_t first = block * kLanes,
+                      count = std::min<int64_t>(kLanes, p_.components - first);
+        const T* s = static_cast<const T*>(p_.log_var) + first * p_.dims;
+        with_map(p_.scale_map, [&]<class S>(S) { chain_scales<S>(s, count, p_.dims, d_log_var); });
+      }
       unpack(d_log_var, block, p_.components, p_.d_log_var);
       if (T* to = static_cast<T*>(p_.d_log_weights)) {
         const int64_t first = block * kLanes;

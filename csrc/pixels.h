@@ -76,24 +76,43 @@ FASTVAE_CLONES void lean(TileView<T> coeffs, int n, const T* x, PixelTile<T>& sh
   }
 }
 
+// Scales as the bins take them, by whatever map: the loops below know of none.
+template <class T>
+struct ScaleTiles {
+  PixelTile<T> inverse, log, slope;
+};
+template <class S, class T, bool kGradient>
+FASTVAE_CLONES void find_scales(TileView<T> scales, int n, ScaleTiles<T>& to) {
+  for (int k = 0; k < n; ++k) {
+    const T* s = scales.at + k * scales.stride;
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      const LogisticScale<T> scale = logistic_scale<S>(s[i]);
+      to.inverse.at[k][i] = scale.inverse;
+      to.log.at[k][i] = scale.log;
+      if constexpr (kGradient) to.slope.at[k][i] = scale.slope;
+    }
+  }
+}
+
 template <class T, bool kGradient>
 FASTVAE_CLONES void add_channel(const Bins<T>& all_bins, const T* x, TileView<T> mu,
-                                TileView<T> log_scale, int n, const PixelTile<T>& shift,
+                                const ScaleTiles<T>& scales, int n, const PixelTile<T>& shift,
                                 PixelTile<T>& linear, PixelTile<T>& ratio, PixelTile<T>* d_mean,
                                 PixelTile<T>* d_log_scale) {
   const Bins<T> bins = all_bins;  // in registers: nothing written below may change them
   for (int k = 0; k < n; ++k) {
-    const T *m = mu.at + k * mu.stride, *s = log_scale.at + k * log_scale.stride;
+    const T *m = mu.at + k * mu.stride, *inverse = scales.inverse.at[k], *log = scales.log.at[k];
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      const Bin<T> bin(x[i], m[i], shift.at[k][i], s[i], bins);
-      const auto score = bin.score(s[i], bins);
+      const Bin<T> bin(x[i], m[i], shift.at[k][i], inverse[i], bins);
+      const auto score = bin.score(log[i], bins);
       linear.at[k][i] += score.linear;
       ratio.at[k][i] *= score.ratio;
       if constexpr (kGradient) {
         const auto gradient = bin.gradient();
         d_mean->at[k][i] = gradient.mean;
-        d_log_scale->at[k][i] = gradient.log_scale;
+        d_log_scale->at[k][i] = math::weighed(gradient.log_scale, scales.slope.at[k][i]);
       }
     }
   }
@@ -166,7 +185,7 @@ FASTVAE_CLONES void weigh_slopes(const PixelTile<T>& weight, const PixelTile<T>&
   for (int k = 0; k < n; ++k) {
     T* out = to + k * stride;
 #pragma omp simd
-    for (int i = 0; i < kLanes; ++i) out[i] = weighed(weight.at[k][i], slope.at[k][i]);
+    for (int i = 0; i < kLanes; ++i) out[i] = math::weighed(weight.at[k][i], slope.at[k][i]);
   }
 }
 
@@ -277,9 +296,11 @@ class PixelSweep {
                              kGradient ? &lean_[pair] : nullptr);
         }
       }
-      add_channel<T, kGradient>(bins_, x_[c].at, read(kMu, c, k, n, buffers_[0]),
-                                read(kLogScale, c, k, n, buffers_[1]), n, shift_, linear_, ratio_,
-                                kGradient ? &d_mean_[c] : nullptr,
+      with_map(p_.scale_map, [&]<class S>(S) {
+        find_scales<S, T, kGradient>(read(kLogScale, c, k, n, buffers_[1]), n, scales_);
+      });
+      add_channel<T, kGradient>(bins_, x_[c].at, read(kMu, c, k, n, buffers_[0]), scales_, n,
+                                shift_, linear_, ratio_, kGradient ? &d_mean_[c] : nullptr,
                                 kGradient ? &d_log_scale_[c] : nullptr);
       // A product of sixteen ratios is still a normal number.
       if (c % 16 == 15 || c + 1 == p_.channels) fold(linear_, ratio_, n);
@@ -407,6 +428,7 @@ class PixelSweep {
   TileView<T> view_{};  // of the logits
   alignas(64) T most_[kLanes];
   PixelTile<T> logits_, buffers_[2], linear_, ratio_, shift_, result_;
+  ScaleTiles<T> scales_;
   std::vector<Lanes<T>> x_, d_x_;                   // of each channel
   std::vector<PixelTile<T>> d_mean_, d_log_scale_;  // likewise: their slopes
   std::vector<PixelTile<T>> squashed_, lean_;       // of each pair of channels

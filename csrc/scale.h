@@ -11,6 +11,7 @@
 //   log_sigma(s), d_log_sigma(s)    likewise; finite at sigma = 0: not -inf + inf
 //   log_var(s)                      twice the first, as finite
 //   inverse_sigma(s)                finite: a sample exactly at the mean scores 0, not 0 * inf
+//   any_inverse_sigma(s)            infinite where sigma is 0
 //   kl(s), d_kl(s)                  (sigma^2 - 1) / 2 - log sigma >= 0
 //   terms(s)                        {sigma, d_sigma, kl, d_kl} at the price of one of them
 //   relative(q, p)                  {(r^2 - 1) / 2 - log r, (r^2 - 1) / 2}, r = sigma_q / sigma_p
@@ -21,6 +22,9 @@
 #include "math.h"
 
 namespace fastvae {
+
+// A map as a number, for an engine that applies it outside its loops.
+enum class ScaleMap : int { kLogVar, kLogScale, kScale, kSoftplus };
 
 template <class T>
 struct ScaleTerms {
@@ -33,6 +37,7 @@ struct RelativeScale {
 
 struct LogVar {
   static constexpr const char* kName = "log_var";
+  static constexpr ScaleMap kMap = ScaleMap::kLogVar;
   static constexpr bool kManyRegisters = false;
 
   template <class T>
@@ -57,7 +62,11 @@ struct LogVar {
   }
   template <class T>
   static FASTVAE_HD T inverse_sigma(T s) {
-    return math::min(math::largest<T>(), math::exp(T(-0.5) * s));
+    return math::min(math::largest<T>(), any_inverse_sigma(s));
+  }
+  template <class T>
+  static FASTVAE_HD T any_inverse_sigma(T s) {
+    return math::exp(T(-0.5) * s);
   }
   template <class T>
   static FASTVAE_HD T kl(T s) {
@@ -87,6 +96,7 @@ struct LogVar {
 
 struct LogScale {  // LogVar at 2s
   static constexpr const char* kName = "log_scale";
+  static constexpr ScaleMap kMap = ScaleMap::kLogScale;
   static constexpr bool kManyRegisters = false;
 
   template <class T>
@@ -111,7 +121,11 @@ struct LogScale {  // LogVar at 2s
   }
   template <class T>
   static FASTVAE_HD T inverse_sigma(T s) {
-    return math::min(math::largest<T>(), math::exp(-s));
+    return math::min(math::largest<T>(), any_inverse_sigma(s));
+  }
+  template <class T>
+  static FASTVAE_HD T any_inverse_sigma(T s) {
+    return math::exp(-s);
   }
   template <class T>
   static FASTVAE_HD T kl(T s) {
@@ -153,6 +167,7 @@ FASTVAE_HD T relative_rise(T rise, T sigma_p) {
 
 struct Scale {
   static constexpr const char* kName = "scale";
+  static constexpr ScaleMap kMap = ScaleMap::kScale;
   static constexpr bool kManyRegisters = false;
 
   template <class T>
@@ -177,7 +192,11 @@ struct Scale {
   }
   template <class T>
   static FASTVAE_HD T inverse_sigma(T s) {
-    return math::min(math::largest<T>(), T(1) / s);
+    return math::min(math::largest<T>(), any_inverse_sigma(s));
+  }
+  template <class T>
+  static FASTVAE_HD T any_inverse_sigma(T s) {
+    return T(1) / (s + T(0));  // of -0 as of 0
   }
   template <class T>
   static FASTVAE_HD T kl(T s) {
@@ -206,6 +225,7 @@ struct Scale {
 
 struct Softplus {
   static constexpr const char* kName = "softplus";
+  static constexpr ScaleMap kMap = ScaleMap::kSoftplus;
   static constexpr bool kManyRegisters = true;  // on a GPU, in a KL
 
   template <class T>
@@ -230,7 +250,11 @@ struct Softplus {
   }
   template <class T>
   static FASTVAE_HD T inverse_sigma(T s) {
-    return math::min(math::largest<T>(), T(1) / sigma(s));
+    return math::min(math::largest<T>(), any_inverse_sigma(s));
+  }
+  template <class T>
+  static FASTVAE_HD T any_inverse_sigma(T s) {
+    return T(1) / sigma(s);
   }
   template <class T>
   static FASTVAE_HD T kl(T s) {
@@ -281,5 +305,20 @@ struct Softplus {
     return difference(s, kHigh, (s - kHigh) - kLow);
   }
 };
+
+// Calls f with the map of that number: f(LogVar{}).
+template <class F>
+FASTVAE_HD auto with_map(ScaleMap map, const F& f) {
+  switch (map) {
+    case ScaleMap::kLogVar:
+      return f(LogVar{});
+    case ScaleMap::kLogScale:
+      return f(LogScale{});
+    case ScaleMap::kScale:
+      return f(Scale{});
+    default:
+      return f(Softplus{});
+  }
+}
 
 }  // namespace fastvae

@@ -63,6 +63,8 @@ def classes(shape: Shape, g: torch.Generator) -> Tensor:
 
 standard_normal = normal()
 
+MAPS = ("log_var", "log_scale", "scale", "softplus")  # from what a network gives to a scale
+
 
 @dataclass(frozen=True)
 class Input:
@@ -787,7 +789,7 @@ BASIC: tuple[Case, ...] = (
         bench=((128, 3072), (4096, 784)),
         bytes_forward=3,
         bytes_full=8,
-        settings=(256,),
+        settings=(256, "log_scale"),
         approximate=CLAMPED,
     ),
     Case(
@@ -800,7 +802,7 @@ BASIC: tuple[Case, ...] = (
         bench=(),
         bytes_forward=3,
         bytes_full=8,
-        settings=(32,),
+        settings=(32, "log_scale"),
         options={"num_bins": 32},
         approximate=CLAMPED,
     ),
@@ -813,7 +815,7 @@ BASIC: tuple[Case, ...] = (
         bench=((32, 32, 32, 3, 10),),  # batch, height, width, channels, components
         bytes_forward=lambda s: _pixel_elements(s, 3),
         bytes_full=lambda s: 3 * _pixel_elements(s, 3),  # read twice, and written
-        settings=(256,),
+        settings=(256, "log_scale"),
         sizes=lambda shape: (*shape[:-1], 3, shape[-1]),
         no_broadcast=OWN_SHAPES,
         approximate=CLAMPED,
@@ -964,6 +966,7 @@ BASIC: tuple[Case, ...] = (
         no_broadcast=OWN_SHAPES,
         copies=PAIRS,
         eager_bytes=lambda s: 4 * math.prod(s),
+        settings=("log_var",),
         rtol=_OF_PAIRS,
     ),
     Case(
@@ -976,7 +979,7 @@ BASIC: tuple[Case, ...] = (
         bench=((512, 32), (1024, 32), (4096, 64)),
         bytes_forward=3,
         bytes_full=9,
-        settings=(DATASET, "mss", False),
+        settings=(DATASET, "mss", False, "log_var"),
         options={"dataset_size": DATASET, "estimator": "mss"},
         sizes=lambda shape: (math.prod(shape[:-1]), shape[-1]),
         no_broadcast=OWN_SHAPES,
@@ -988,6 +991,15 @@ BASIC: tuple[Case, ...] = (
 )
 
 
+# What the scales of bins are given by: from about a third of a bin's width, as log_scale() is, but
+# where the gradient, of second order in 1 / scale, would leave float16's range.
+OF_BINS: dict[str, Draw] = {
+    "log_var": lambda shape, g: 2.0 * log_scale(shape, g),
+    "scale": lambda shape, g: 0.2 * near_one(shape, g),
+    "softplus": log_scale,
+}
+
+
 def _given_by(
     op: str, scale: str, of: str = "", free_bits: float = 0.0, alone: bool = False
 ) -> Case:
@@ -995,16 +1007,19 @@ def _given_by(
     case = next(c for c in BASIC if c.op == op and c.variant == of)
     scales = ("log_var", "log_scale", "log_var_q", "log_var_p")
     draw = near_one if scale == "scale" else standard_normal
-    settings: tuple[Any, ...] = (scale,) if len(case.settings) == 1 else (scale, free_bits)
+    if op.startswith("discretized_logistic"):
+        draw = OF_BINS[scale]
     options: dict[str, Any] = {"parameterization": scale}
+    settings = tuple(scale if s in MAPS else s for s in case.settings)
     if free_bits:
         options["free_bits"] = free_bits
+        settings = (scale, free_bits)
     return replace(
         case,
         variant=" ".join(filter(None, (of, scale, "free bits" if free_bits else ""))),
         inputs=tuple(replace(i, draw=draw) if i.name in scales else i for i in case.inputs),
         settings=settings,
-        options=options,
+        options={**case.options, **options},
         bench=(),
         wired_as="" if alone else case.name,
     )
@@ -1151,6 +1166,18 @@ SCALES: tuple[Case, ...] = (
     _given_by("gaussian_log_prob", "softplus"),
     _given_by("laplace_log_prob", "scale", alone=True),
     _given_by("laplace_log_prob", "softplus"),
+    _given_by("discretized_logistic_log_prob", "log_var"),
+    _given_by("discretized_logistic_log_prob", "scale", alone=True),
+    _given_by("discretized_logistic_log_prob", "softplus"),
+    _given_by("discretized_logistic_mixture_log_prob", "log_var"),
+    _given_by("discretized_logistic_mixture_log_prob", "scale", alone=True),
+    _given_by("discretized_logistic_mixture_log_prob", "softplus"),
+    _given_by("gaussian_mixture_log_prob", "log_scale"),
+    _given_by("gaussian_mixture_log_prob", "scale", alone=True),
+    _given_by("gaussian_mixture_log_prob", "softplus"),
+    _given_by("aggregate_posterior", "log_scale", of="mss"),
+    _given_by("aggregate_posterior", "scale", of="mss", alone=True),
+    _given_by("aggregate_posterior", "softplus", of="mss"),
 )
 
 CASES = (*BASIC, *FLOWS, *SCALES)

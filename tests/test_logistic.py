@@ -8,7 +8,7 @@ import math
 import mpmath
 import pytest
 import torch
-from cases import _pixelcnn_bins
+from cases import MAPS, _pixelcnn_bins
 from torch import Tensor
 
 import fastvae
@@ -57,10 +57,33 @@ def test_probabilities_of_all_bins_sum_to_one(num_bins, device):
             assert total == pytest.approx(1.0, abs=1e-12 + rounding), (mu, log_scale)
 
 
-def exact(x: float, mu: float, log_scale: float, num_bins: int) -> tuple:
+def given_by(name: str, log_scale: float) -> float:
+    """The number that a map makes this scale of."""
+    if name == "log_var":
+        return 2 * log_scale
+    if name == "softplus":  # log(e^scale - 1)
+        scale = math.exp(log_scale)
+        return scale + math.log(-math.expm1(-scale))
+    return math.exp(log_scale) if name == "scale" else log_scale
+
+
+def exact_scale(name: str, s: float) -> tuple:
+    """The scale, and the derivative of its logarithm, in the precision at work."""
+    s = mpmath.mpf(s)
+    if name == "log_var":
+        return mpmath.exp(s / 2), mpmath.mpf(1) / 2
+    if name == "log_scale":
+        return mpmath.exp(s), mpmath.mpf(1)
+    if name == "scale":
+        return s, 1 / s
+    scale = mpmath.log1p(mpmath.exp(s))
+    return scale, -mpmath.expm1(-scale) / scale
+
+
+def exact(x: float, mu: float, scale, num_bins: int) -> tuple:
     """The value, and its derivatives by mu and log_scale, in 60 digits or more."""
-    x, mu, s = mpmath.mpf(x), mpmath.mpf(mu), mpmath.mpf(log_scale)
-    half, r = mpmath.mpf(1) / (num_bins - 1), mpmath.exp(-s)
+    x, mu = mpmath.mpf(x), mpmath.mpf(mu)
+    half, r = mpmath.mpf(1) / (num_bins - 1), 1 / scale
     p, m = (x - mu + half) * r, (x - mu - half) * r
 
     def sigmoid(t):
@@ -79,9 +102,11 @@ def exact(x: float, mu: float, log_scale: float, num_bins: int) -> tuple:
     return value, (sigmoid(m) - sigmoid(-p)) * r, d_log_scale
 
 
-@pytest.mark.parametrize("num_bins", [2, 32, 256])
+@pytest.mark.parametrize(
+    ("name", "num_bins"), [*((name, 256) for name in MAPS), ("log_scale", 2), ("log_scale", 32)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_digit_at_any_scale_and_distance(dtype, num_bins, device):
+def test_every_digit_at_any_scale_and_distance(name, dtype, num_bins, device):
     """Every scale meets every distance; the smallest are where a difference of sigmoids is 0.
 
     An exponential e^-t takes the relative error of t for an absolute one, so where a value or a
@@ -107,27 +132,29 @@ def test_every_digit_at_any_scale_and_distance(dtype, num_bins, device):
     ]
     scales = [-12.0, -9.0, -7.0, -5.5, -4.9, -4.8, -4.0, -3.0, -1.0, 0.0, 2.0, 5.0, 20.0, 80.0]
     rows = [
-        (x, x + sign * d, s)
+        (x, x + sign * d, given_by(name, s))
         for x, d, sign, s in itertools.product(centres.tolist(), distances, (1, -1), scales)
     ]
     inputs = torch.tensor(rows, dtype=torch.float64).to(device, dtype).T[..., None]
     x, mu, log_scale = (t.contiguous().requires_grad_() for t in inputs)
-    value = one_op(x, mu, log_scale, num_bins)
+    value = one_op(x, mu, log_scale, num_bins, parameterization=name)
     grads = torch.autograd.grad(value.sum(), (x, mu, log_scale))
     assert torch.equal(grads[0], -grads[1])
     columns = [t.detach().flatten().tolist() for t in (x, mu, log_scale, value, *grads[1:])]
     with mpmath.workdps(700 if dtype == torch.float64 else 120):
         for a, b, s, v, d_mu, d_s in zip(*columns, strict=True):
-            e_v, e_mu, e_s = exact(a, b, s, num_bins)
-            what = f"x = {a}, mu = {b}, log_scale = {s}"
-            r = mpmath.exp(-mpmath.mpf(s))
+            scale, slope = exact_scale(name, s)
+            e_v, e_mu, e_s = exact(a, b, scale, num_bins)
+            e_s *= slope
+            what = f"x = {a}, mu = {b}, {name} = {s}"
+            r = 1 / scale
             reach = (abs(mpmath.mpf(a) - mpmath.mpf(b)) + half) * r  # how many scales it is about
-            for got, want, unit in ((v, e_v, 1), (d_mu, e_mu, r), (d_s, e_s, 1 + reach)):
+            for got, want, unit in ((v, e_v, 1), (d_mu, e_mu, r), (d_s, e_s, (1 + reach) * slope)):
                 size = abs(want / unit)
                 smallness = max(1.0, float(-mpmath.log(size))) if size > 0 else 1.0
                 bound = 8 * eps * smallness * abs(want) + 4 * torch.finfo(dtype).tiny * (1 + unit)
                 if got is d_s:  # its parts cancel where a change of scale changes nothing
-                    bound += 4 * eps * min(1, reach)
+                    bound += 4 * eps * min(1, reach) * slope
                 assert abs(got - want) <= bound, (what, got, float(want))
 
 
@@ -150,7 +177,7 @@ def test_pixelcnn_formula_is_off_where_ours_is_not(device):
     assert pixelcnn(*sure).item() < -0.02  # as if log_scale were -7
     far = [torch.tensor([v], dtype=torch.float64, device=device) for v in (0.5, -0.1, -5.5)]
     with mpmath.workdps(100):
-        truth = float(exact(*(t.item() for t in far), 256)[0])
+        truth = float(exact(0.5, -0.1, mpmath.exp(far[2].item()), 256)[0])
     assert one_op(*far).item() == pytest.approx(truth, rel=1e-13)
     assert abs(pixelcnn(*far).item() - truth) > 0.1  # nats
     assert total(one_op, 0.3, -6.0) == pytest.approx(1.0, abs=1e-12)
@@ -159,24 +186,28 @@ def test_pixelcnn_formula_is_off_where_ours_is_not(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_no_finite_number_makes_a_nan(dtype, device):
+@pytest.mark.parametrize("name", MAPS)
+def test_no_finite_number_makes_a_nan(name, dtype, device):
     """Neither in value nor gradient, up to the largest numbers there are."""
     largest = torch.finfo(dtype).max
     tiny = torch.finfo(dtype).smallest_normal
     places = [0.0, tiny, 1 / 255, -1 / 255, 1.0, -1.0, 5.0, 1e20, -1e30, largest, -largest]
     scales = [0.0, -12.0, -88.5, -100.0, -720.0, -1e4, -largest, 12.0, 80.0, 100.0, 720.0, largest]
+    if name == "scale":
+        scales = [0.0, -0.0, tiny * 2.0**-10, tiny, 1e-30, 1e-3, 1.0, 1e20, largest]
     rows = list(itertools.product(places, places, scales))
     for num_bins in (2, 256):
         inputs = torch.tensor(rows, dtype=torch.float64).to(device, dtype).T[..., None]
         inputs = [t.contiguous().requires_grad_() for t in inputs]
-        value = one_op(*inputs, num_bins)
+        value = one_op(*inputs, num_bins, parameterization=name)
         assert not value.isnan().any()
         assert (value <= 0).all()
         for grad in torch.autograd.grad(value.sum(), inputs):
             assert not grad.isnan().any()
         x, mu, log_scale = (t.detach().requires_grad_() for t in inputs)  # of all, two components
         ends = [t[:, :, None].expand(-1, -1, 2) for t in (mu, log_scale)]
-        log_prob = mixture(x, torch.zeros_like(x).expand(-1, 2), *ends, num_bins=num_bins)
+        logits = torch.zeros_like(x).expand(-1, 2)
+        log_prob = mixture(x, logits, *ends, num_bins=num_bins, parameterization=name)
         grads = torch.autograd.grad(log_prob.sum(), (x, mu, log_scale))
         assert not log_prob.isnan().any()
         assert not any(g.isnan().any() for g in grads)
@@ -204,6 +235,56 @@ def test_limits_at_infinity(dtype, device):
     assert value(INF, 0.0, 0.0) == value(-INF, 0.0, 0.0) == -INF
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_scale_of_zero_is_a_point_and_a_negative_one_is_no_number(dtype, device):
+    """Alone and in a mixture; and an infinite one is what an infinite logarithm gives."""
+    x = torch.tensor([0.5, 0.5, -1.0, 1.0], dtype=dtype, device=device)[:, None]
+    mu = torch.tensor([0.5, 0.4, -7.0, 0.5], dtype=dtype, device=device)[:, None]
+
+    def values(s: float, name: str) -> list[list[float]]:
+        scale = torch.full_like(mu, s)
+        both = [
+            f(x, mu, scale, parameterization=name)
+            for f in (one_op, reference.discretized_logistic_log_prob)
+        ]
+        logits = torch.zeros_like(mu).expand(-1, 3)
+        ends = [t[..., None].expand(-1, 1, 3) for t in (mu, scale)]
+        both.append(mixture(x, logits, *ends, parameterization=name))
+        return [v.tolist() for v in both]
+
+    for zero in (0.0, -0.0):
+        assert all(v == [0.0, -INF, 0.0, -INF] for v in values(zero, "scale"))
+    for bad in (-1e-3, -1.0, -INF, math.nan):
+        assert all(math.isnan(one) for v in values(bad, "scale") for one in v)
+    for name in MAPS:
+        for one, wide in zip(values(INF, name), values(INF, "log_scale"), strict=True):
+            assert one == pytest.approx(wide, rel=1e-6)
+        if name != "scale":
+            assert values(-INF, name) == values(-INF, "log_scale")
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_every_map_gives_the_same_mixture(name, device):
+    """Value and gradients, those of the scale by the chain rule; channels first and last."""
+    inputs = leaves(draw((40,), 3, 17), device=device)
+    expected = mixture(*inputs)
+    expected_grads = list(torch.autograd.grad(expected.sum(), inputs))
+    given = [given_by(name, v) for v in inputs[3].flatten().tolist()]
+    s = torch.tensor(given, dtype=torch.float64, device=device).reshape(inputs[3].shape)
+    slopes = [float(exact_scale(name, v)[1]) for v in given]
+    expected_grads[3] = expected_grads[3] * torch.tensor(slopes, dtype=s.dtype).to(s).view_as(s)
+    for first in (False, True):
+        others = leaves([*inputs[:3], s, inputs[4]], device=device)
+        if first:
+            others = [t.detach().movedim(0, -1).contiguous().movedim(-1, 0) for t in others]
+            others = [t.requires_grad_() for t in others]
+        actual = mixture(*others, parameterization=name)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        grads = torch.autograd.grad(actual.sum(), others)
+        for a, b in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_the_bins_are_symmetric(device):
     x = grid().float().to(device)[:, None]
     g = torch.Generator().manual_seed(0)
@@ -228,6 +309,20 @@ def test_wrong_number_of_bins_raises(op, num_bins):
     inputs = (x, x, x) if op is one_op else (x, x, x[..., None], x[..., None])
     with pytest.raises(ValueError, match=rf"num_bins must be at least 2, got {num_bins}"):
         op(*inputs, num_bins=num_bins)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_unknown_parameterization_raises(device):
+    x = torch.zeros(1, 1, device=device)
+    ends = (x[..., None], x[..., None])
+    known = "log_var, log_scale, scale, softplus"
+    for function, inputs in ((one_op, (x, x, x)), (mixture, (x, x, *ends))):
+        name = f"fastvae::{function.__name__}"
+        message = f"^{name}: parameterization must be one of {known}, got stddev"
+        with pytest.raises(ValueError, match=message):
+            function(*inputs, parameterization="stddev")
+        with pytest.raises(ValueError, match=message):
+            getattr(reference, function.__name__)(*inputs, parameterization="stddev")
 
 
 # --- mixtures -------------------------------------------------------------------------------------
@@ -546,4 +641,4 @@ def test_wrong_normalisers_raise():
     with pytest.raises(
         ValueError, match=r"kept must be what forward kept, got \[4, 3\] and \[4, 3\]"
     ):
-        backward(grad, *inputs, kept, 256, wanted)
+        backward(grad, *inputs, kept, 256, "log_scale", wanted)

@@ -331,7 +331,7 @@ def test_wrong_normalisers_raise():
     with pytest.raises(
         ValueError, match=r"kept must be what forward kept, got \[2, 6\] and \[3, 4\]"
     ):
-        backward(grad, grad, z, z, z, kept, None, "mws", False, wanted)
+        backward(grad, grad, z, z, z, kept, None, "mws", False, "log_var", wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -361,3 +361,34 @@ def test_scales_given_by_other_maps(name, dtype, device):
         fastvae.gaussian_mixture_log_prob(z, mu, s, parameterization="sigma")
     with pytest.raises(TypeError, match="must have the dtype of"):
         fastvae.aggregate_posterior(z, mu, s.float(), parameterization=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["log_var", "log_scale", "scale", "softplus"])
+def test_a_scale_of_zero_is_a_point_that_no_row_meets(name, dtype, device):
+    """Neither value nor gradient notices such a component, nor the padding after the last one."""
+    g = torch.Generator().manual_seed(0)
+    z, mu = (torch.randn(n, 5, generator=g).to(device, dtype).requires_grad_() for n in (33, 18))
+    s = torch.rand(18, 5, generator=g).add(0.5).to(device, dtype)
+    s[7] = 0.0 if name == "scale" else -math.inf
+    s.requires_grad_()
+    keep = torch.arange(18, device=device) != 7
+    log_weights = torch.zeros(18, device=device, dtype=dtype).requires_grad_()
+    inputs = [z, mu, s, log_weights]
+    fewer = [x if x is z else x[keep].detach().requires_grad_() for x in inputs]
+    out, expected = (
+        fastvae.gaussian_mixture_log_prob(*xs, parameterization=name) for xs in (inputs, fewer)
+    )
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    for a, b in zip(grads, torch.autograd.grad(expected.sum(), fewer), strict=True):
+        torch.testing.assert_close(a if a.shape == b.shape else a[keep], b)
+        assert a.shape == b.shape or not a[~keep].any()
+    with torch.no_grad():
+        far = z.clone().fill_(math.inf)
+        out = fastvae.gaussian_mixture_log_prob(
+            far, mu, s[:1].expand(18, -1), parameterization=name
+        )
+        assert out.isneginf().all()
+        if name == "scale":
+            assert fastvae.gaussian_mixture_log_prob(z, mu, -s, parameterization=name).isnan().all()

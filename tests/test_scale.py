@@ -8,10 +8,9 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from cases import MAPS
 
 import fastvae
-
-MAPS = ("log_var", "log_scale", "scale", "softplus")
 
 
 def exact_sigma(name: str, s: float) -> mpmath.mpf:
@@ -123,6 +122,9 @@ def test_every_map_gives_the_same_gaussian(name, device):
         lambda z: -z.square().sum(-1), *by_log_var, 8, prior=same, key=key
     )
     torch.testing.assert_close(log_p, expected, **close)
+    log_prob = fastvae.discretized_logistic_log_prob(x, mu, s, parameterization=name)
+    expected = fastvae.discretized_logistic_log_prob(x, mu, sigma.log())
+    torch.testing.assert_close(log_prob, expected, **close)
     if name != "log_var":
         log_prob = fastvae.laplace_log_prob(x, mu, s, parameterization=name)
         expected = torch.distributions.Laplace(mu, sigma).log_prob(x).sum(-1)

@@ -250,9 +250,9 @@ def continuous_bernoulli_log_prob(x, a):
     return x * a - torch.log(integral)
 
 
-def logistic_bin(x, mean, s, half=1 / 255):
+def logistic_bin(x, mean, scale, half=1 / 255):
     """log of the mass of x's bin, by hyperbolic functions: at these scales they are in range."""
-    u, h = (x - mean) / s.exp(), half / s.exp()
+    u, h = (x - mean) / scale, half / scale
     inner = torch.log(torch.sinh(h) / (torch.cosh(u) + torch.cosh(h)))
     outer = torch.where(x > 0, u - h, -u - h)
     return torch.where(x.abs() > 1 - half, -torch.log1p(torch.exp(outer)), inner)
@@ -333,6 +333,9 @@ def with_scale(name):
     def laplace_log_prob(x, m, s):
         return -math.log(2) - torch.log(sigma(s)) - (x - m).abs() / sigma(s)
 
+    def bin_log_prob(x, m, s):
+        return logistic_bin(x, m, sigma(s))
+
     formulas = {
         f"Reparameterize<{name}>.Forward": Formula(
             lambda m, s, e: ([sample(m, s, e)], None), 2, outputs=1, noise=True, low=low
@@ -341,6 +344,7 @@ def with_scale(name):
             sample_backward, 2, outputs=1, noise=True, low=low
         ),
         **row_sum(f"GaussianLogProb<{name}>", gaussian_log_prob, 3, low=low),
+        **row_sum(f"DiscretizedLogistic<{name}>", bin_log_prob, 3, low=low, parameter=255.0),
     }
     if name != "LogVar":
         formulas |= row_sum(f"LaplaceLogProb<{name}>", laplace_log_prob, 3, low=low)
@@ -491,7 +495,6 @@ FORMULAS = {
     ),
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
-    **row_sum("DiscretizedLogistic", logistic_bin, 3, parameter=255.0),
     **row_sum("PoissonLogProb", poisson_log_prob, 2, low=0.1),
     **row_sum("NegativeBinomialLogProb", negative_binomial_log_prob, 3, low=0.1),
     **row_sum(
@@ -773,6 +776,7 @@ class Pairs:
     weighting: int = 0  # in the order of Weighting
     marginals: bool = False
     log_weights: bool = True
+    scale: str = "LogVar"
     highest_first: bool = False
     most_blocks: int = 2**31 - 1
 
@@ -781,6 +785,8 @@ class Pairs:
         shapes = [(self.rows, self.dims), *[(self.components, self.dims)] * 2]
         shapes += [(self.components,)] * self.log_weights
         draw = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+        if self.scale == "Scale":
+            draw[2] = 0.3 + draw[2].abs()
         self.inputs = [x.to(self.dtype) for x in draw]
         self.grads = [
             torch.randn(self.rows, generator=g, dtype=torch.float64).to(self.dtype)
@@ -804,8 +810,8 @@ class Pairs:
     def reference(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Outputs, and the gradients of the inputs, by autograd in float64."""
         inputs = [x.to(torch.float64, copy=True).requires_grad_() for x in self.inputs]
-        z, mu, log_var = inputs[:3]
-        density = torch.distributions.Normal(mu, (log_var / 2).exp()).log_prob(z[:, None])
+        z, mu, s = inputs[:3]
+        density = torch.distributions.Normal(mu, SIGMA[self.scale](s)).log_prob(z[:, None])
         log_w = self.log_w() + (inputs[3] if self.log_weights else 0.0)
         outputs = [torch.logsumexp(log_w + density.sum(-1), 1)]
         if self.marginals:
@@ -824,7 +830,8 @@ class Pairs:
             b"pairs",
             DTYPES.index(self.dtype),
             *(self.rows, self.components, self.dims),
-            *(0, 0, 0, 0, 15 if self.log_weights else 7),
+            list(SIGMA).index(self.scale),  # in the order of ScaleMap
+            *(0, 0, 0, 15 if self.log_weights else 7),
             *schedule,
             0.0,
         )
@@ -854,15 +861,25 @@ PAIRS = (
 @pytest.mark.parametrize("sizes", PAIRS, ids=str)
 def test_pairs(program: Path, sizes: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
     rows, components, dims, weighting, marginals = sizes
-    pairs = Pairs(rows, components, dims, dtype, weighting, marginals, log_weights=not marginals)
+    check_pairs(program, Pairs(rows, components, dims, dtype, weighting, marginals, not marginals))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale", SIGMA)
+def test_scales_of_pairs(program: Path, scale: str, dtype: torch.dtype) -> None:
+    for marginals in (False, True):
+        check_pairs(program, Pairs(7, 7, 40, dtype, 0, marginals, not marginals, scale))
+
+
+def check_pairs(program: Path, pairs: Pairs) -> None:
     outputs, grads = pairs.reference()
     scale = max(1.0, *(o.abs().max().item() for o in outputs))  # a weight takes its exponential
-    tolerance = scale * (1e-6 if dtype == torch.float32 else 1e-14)
+    tolerance = scale * (1e-6 if pairs.dtype == torch.float32 else 1e-14)
     for got, want in zip(pairs.results(program), [*outputs, *grads], strict=True):
         assert got.shape == want.shape
         if want.numel() > 0:
             error = (got.double() - want).abs().max()
-            assert error <= tolerance * max(1.0, want.abs().max().item()), (sizes, error)
+            assert error <= tolerance * max(1.0, want.abs().max().item()), (pairs, error)
 
 
 @pytest.mark.parametrize("marginals", [False, True])
@@ -1090,7 +1107,7 @@ def spline(
         for numbers in (widths, heights)
     )
     d = m + torch.nn.functional.softplus(slopes)
-    one = torch.ones_like(d[..., :1])
+    one = torch.ones_like(w[..., :1])
     d = torch.cat([d, d[..., :1]], -1) if circular else torch.cat([one, d, one], -1)
     turns = torch.floor((x + bound) / (2 * bound)) * 2 * bound if circular else torch.zeros_like(x)
     v = x - turns
@@ -1198,6 +1215,7 @@ class Pixels:
     dtype: torch.dtype
     layout: str = "last"
     coeffs: bool = True
+    scale: str = "LogScale"
     wanted: int = 31
     highest_first: bool = False
     most_blocks: int = 2**31 - 1
@@ -1213,6 +1231,8 @@ class Pixels:
         ]
         draws = [torch.from_numpy(rng.uniform(-1.5, 1.5, self.sizes + end)) for end in self.ends]
         draws[0] = ((draws[0] + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+        if self.scale == "Scale":
+            draws[3] = 0.2 + draws[3].abs()
         self.inputs = [self.laid_out(x.to(self.dtype)) for x in draws[: 5 if self.coeffs else 4]]
         self.row_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         grad = torch.from_numpy(rng.uniform(-1, 1, math.prod(self.sizes)))
@@ -1231,13 +1251,14 @@ class Pixels:
 
     def reference(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         inputs = [x.to(torch.float64, copy=True).requires_grad_() for x in self.inputs]
-        x, logits, mu, log_scale = inputs[:4]
+        x, logits, mu, s = inputs[:4]
+        scale = SIGMA[self.scale](s)
         score = logits[..., 0, :].log_softmax(-1)
         for c in range(self.channels):
             mean = mu[..., c, :]
             for j in range(c if self.coeffs else 0):
                 mean = mean + inputs[4][..., c * (c - 1) // 2 + j, :].tanh() * x[..., j, :]
-            score = score + logistic_bin(x[..., c, :], mean, log_scale[..., c, :])
+            score = score + logistic_bin(x[..., c, :], mean, scale[..., c, :])
         log_prob = score.logsumexp(-1)
         grad = self.grad.double().reshape(self.sizes)
         return log_prob.detach(), list(torch.autograd.grad(log_prob, inputs, grad))
@@ -1252,7 +1273,8 @@ class Pixels:
 
         def send(backward: bool, *tail: bytes) -> memoryview:
             schedule = (0, 0, int(self.highest_first), self.most_blocks, -1, 0, 0, 0)
-            shape = (0, self.channels, self.components, 0, int(backward), 0, 0, 0)
+            scale = list(SIGMA).index(self.scale)  # in the order of ScaleMap
+            shape = (0, self.channels, self.components, scale, int(backward), 0, 0, 0)
             message = struct.pack(
                 "<64s17qd", b"pixels", DTYPES.index(self.dtype), *shape, *schedule, 255.0
             )
@@ -1300,7 +1322,20 @@ PIXELS = (
 @pytest.mark.parametrize("coeffs", [True, False])
 def test_pixels(program: Path, case, coeffs: bool, dtype: torch.dtype) -> None:
     sizes, channels, components, layout = case
-    pixels = Pixels(sizes, channels, components, dtype, layout, coeffs and channels > 1)
+    check_pixels(
+        program, Pixels(sizes, channels, components, dtype, layout, coeffs and channels > 1)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale", SIGMA)
+def test_scales_of_pixels(program: Path, scale: str, dtype: torch.dtype) -> None:
+    for layout in ("last", "first"):
+        check_pixels(program, Pixels((2, 1, 3, 5), 3, 10, dtype, layout, scale=scale))
+
+
+def check_pixels(program: Path, pixels: Pixels) -> None:
+    dtype = pixels.dtype
     value, grads = pixels.reference()
     results = pixels.results(program)
     scale = max(1.0, value.abs().max().item())  # a weight takes its exponential

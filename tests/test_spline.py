@@ -98,9 +98,13 @@ def test_bins_and_slopes_keep_their_minimum():
     options = {"bound": 1.0, "min_bin_width": 0.1, "min_bin_height": 0.2, "min_derivative": 0.05}
     knots = torch.tensor([[0.6], [0.8]], dtype=torch.float64)  # bins of 0.8, 0.1, 0.1 times 2
     y, _ = spline(knots, huge, huge, flat, **options)
-    torch.testing.assert_close(y, torch.tensor([[0.2], [0.6]], dtype=torch.float64), atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(
+        y, torch.tensor([[0.2], [0.6]], dtype=torch.float64), atol=1e-12, rtol=0.0
+    )
     slopes = slope_at(knots, [huge, huge, flat], **options)
-    torch.testing.assert_close(slopes, torch.full((2, 1), 0.05, dtype=torch.float64), atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(
+        slopes, torch.full((2, 1), 0.05, dtype=torch.float64), atol=1e-12, rtol=0.0
+    )
 
 
 @pytest.mark.parametrize("inverse", [False, True])

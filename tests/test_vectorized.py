@@ -14,9 +14,20 @@ import fastvae
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER = {"x86-64-v4": "zmm", "x86-64-v3": "ymm"}
 REALS = ("float", "double")
+MAPS = ("LogVar", "LogScale", "Scale", "Softplus")
 PIXELS = ("add_channel", "lean")
 LOOPS = [
-    *(f"{loop}<{real}>" for loop in ("box_muller", "gumbels", "sum", "add_rows") for real in REALS),
+    *(
+        f"{loop}<{real}>"
+        for loop in ("box_muller", "gumbels", "sum", "add_rows", "weigh_rows", "scale_rows")
+        for real in REALS
+    ),
+    *(
+        f"{loop}<{prior}, {real}>"
+        for loop in ("add_kl_rows", "kl_gradient_rows")
+        for prior in ("true", "false")
+        for real in REALS
+    ),
     "raise_rows<fastvae::cpu::Plain, float>",
     "raise_rows<fastvae::GumbelOneHot, float>",
     "gather<fastvae::BFloat16, float>",
@@ -26,12 +37,22 @@ LOOPS = [
     "raise_lanes<fastvae::LogMeanExp, float>",
     "add_lanes<fastvae::LogMeanExp, float>",
     "scale_lanes<fastvae::LogMeanExp, float>",
-    "prepare_components<float>",
+    *(
+        f"{loop}<fastvae::{scale}, float>"
+        for loop in ("prepare_components", "chain_scales")
+        for scale in MAPS
+    ),
     "absorb<float>",
     "absorb_marginals<float>",
     "add_weights<float>",
     *(f"add_lines<{real}>" for real in REALS),
     *(f"gradient_lines<{real}, {sets}, true>" for real in REALS for sets in ("true", "false")),
+    *(
+        f"find_scales<fastvae::{scale}, {real}, {grad}>"
+        for scale in MAPS
+        for real in REALS
+        for grad in ("true", "false")
+    ),
     *(f"{loop}<{real}, {grad}>" for loop in PIXELS for real in REALS for grad in ("true", "false")),
     *(
         f"{loop}<{real}>"
@@ -123,7 +144,10 @@ def test_every_formula_is_vector_code(functions, real, level):
         and re.search(rf"::(evaluate|any_needs_noise)<fastvae::.*, {real}>\(", name)
     }
     for name, body in bodies.items():
-        if "fastvae::Total" not in name and "<fastvae::Exp, false, false>::BackwardOfLogDet" not in name:  # a move is all they are
+        if (
+            "fastvae::Total" not in name
+            and "<fastvae::Exp, false, false>::BackwardOfLogDet" not in name
+        ):  # a move is all they are
             check(name, body, REGISTER[level])
     headers = " ".join(path.read_text() for path in (ROOT / "csrc").glob("*.cpp"))
     used = set(re.findall(r"(?:run|define_row_sum)<([A-Z]\w+)", headers))

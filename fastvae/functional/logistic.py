@@ -13,7 +13,12 @@ _discretized_logistic_mixture_log_prob = op("discretized_logistic_mixture_log_pr
 
 
 def discretized_logistic_log_prob(
-    x: Tensor, mu: Tensor, log_scale: Tensor, num_bins: int = 256
+    x: Tensor,
+    mu: Tensor,
+    log_scale: Tensor,
+    num_bins: int = 256,
+    *,
+    parameterization: str = "log_scale",
 ) -> Tensor:
     r"""Log-probability of a logistic's bins on [-1, 1], summed over the last dimension.
 
@@ -28,19 +33,26 @@ def discretized_logistic_log_prob(
     Args:
         x: ``[..., D]``, centres of bins, ``2 * i / (num_bins - 1) - 1`` of pixel value i. It is
             read as a real number: the first bin is all that lies below :math:`h - 1`.
-        mu, log_scale: ``[..., D]``, :math:`\mu` and :math:`\log s`. All three broadcast together
-            and are not copied: with ``[K, B, D]`` parameters of K samples, ``x`` of ``[B, D]``
-            is read K times.
+        mu, log_scale: ``[..., D]``, :math:`\mu` and the scale :math:`s`, given by
+            ``parameterization``. All three broadcast together and are not copied: with
+            ``[K, B, D]`` parameters of K samples, ``x`` of ``[B, D]`` is read K times.
         num_bins: n; 256 for 8-bit pixels, 32 for 5-bit ones.
+        parameterization: what ``log_scale`` holds, :math:`a`: ``"log_scale"``, :math:`s = e^a`;
+            ``"scale"``, :math:`s = a`, NaN where it is negative; ``"softplus"``,
+            :math:`s = \log(1 + e^a)`; ``"log_var"``, :math:`s = e^{a/2}`, so that :math:`a` is
+            :math:`\log s^2` as of a Gaussian (the variance of a logistic is
+            :math:`\pi^2 s^2 / 3`).
 
     Returns:
         Nats per row, ``[...]``; float32 for half types. The difference is formed as a product
-        that loses no digit at any scale or distance: there is no floor to ``log_scale``, and no
-        mid-bin approximation, as there are in the code of PixelCNN++ and its descendants.
+        that loses no digit at any scale or distance: there is no floor to the scale, however it is
+        given, and no mid-bin approximation, as there are in the code of PixelCNN++ and its
+        descendants.
 
     Raises:
         TypeError: if a dtype is not floating, or they differ.
-        ValueError: if the shapes do not broadcast, or ``num_bins`` is less than 2.
+        ValueError: if the shapes do not broadcast, ``num_bins`` is less than 2, or there is no
+            such parameterization.
 
     Paper: Kingma et al., "Improving Variational Inference with Inverse Autoregressive Flow",
     NeurIPS 2016, appendix C.
@@ -49,7 +61,7 @@ def discretized_logistic_log_prob(
     >>> fastvae.discretized_logistic_log_prob(x, torch.zeros(1, 2), torch.full((1, 2), -3.0))
     tensor([-23.2432])
     """
-    return _discretized_logistic_log_prob(x, mu, log_scale, num_bins)
+    return _discretized_logistic_log_prob(x, mu, log_scale, num_bins, parameterization)
 
 
 def discretized_logistic_mixture_log_prob(
@@ -59,6 +71,8 @@ def discretized_logistic_mixture_log_prob(
     log_scale: Tensor,
     coeffs: Tensor | None = None,
     num_bins: int = 256,
+    *,
+    parameterization: str = "log_scale",
 ) -> Tensor:
     r"""Log-probability of pixels by a mixture of discretised logistics, channels conditioned.
 
@@ -77,6 +91,7 @@ def discretized_logistic_mixture_log_prob(
             PixelCNN++: green on red, blue on red, blue on green; on with 3 on 0, 3 on 1, ... of
             more channels. Default: none, the channels of a component are independent.
         num_bins: as in :func:`discretized_logistic_log_prob`.
+        parameterization: what ``log_scale`` holds, as there.
 
     Returns:
         Nats per pixel, ``[...]``; float32 for half types; sum them over the image.
@@ -90,7 +105,7 @@ def discretized_logistic_mixture_log_prob(
     Raises:
         TypeError: if a dtype is not floating, or they differ.
         ValueError: if a shape does not follow from those of ``x`` and ``logits``, the pixels do
-            not broadcast, or ``num_bins`` is less than 2.
+            not broadcast, ``num_bins`` is less than 2, or there is no such parameterization.
 
     Paper: Salimans et al., "PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture
     Likelihood and Other Modifications", ICLR 2017, section 2.1 and 2.2.
@@ -102,4 +117,6 @@ def discretized_logistic_mixture_log_prob(
     >>> log_px[0, 0, 0]
     tensor(-18.7032)
     """
-    return _discretized_logistic_mixture_log_prob(x, logits, mu, log_scale, coeffs, num_bins)
+    return _discretized_logistic_mixture_log_prob(
+        x, logits, mu, log_scale, coeffs, num_bins, parameterization
+    )

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..reference.scale import scale_map
 from .route import op
 
 __all__ = ["aggregate_posterior", "gaussian_mixture_log_prob"]
 
 _aggregate_posterior = op("aggregate_posterior")
 _gaussian_mixture_log_prob = op("gaussian_mixture_log_prob")
-
-
-def _as_log_var(
-    name: str, parameterization: str, log_var: Tensor, *others: Tensor | None
-) -> list[Tensor | None]:
-    """The scale as the kernels take it, and the others of its dtype.
-
-    One pass over the components is nothing beside all their pairs, and there is no kernel for it.
-    """
-    scale = scale_map(name, parameterization)
-    alike = all(x is None or x.dtype == log_var.dtype for x in others)
-    if not alike or not log_var.is_floating_point():
-        return [log_var, *others]  # the op says what is wrong
-    if log_var.dtype in (torch.bfloat16, torch.float16):  # which would round the logarithm
-        log_var, others = log_var.float(), tuple(x if x is None else x.float() for x in others)
-    return [2.0 * scale.log_sigma(log_var), *others]
 
 
 def gaussian_mixture_log_prob(
@@ -68,11 +50,7 @@ def gaussian_mixture_log_prob(
     >>> fastvae.gaussian_mixture_log_prob(torch.zeros(1, 2), mu, torch.zeros(2, 2))
     tensor([-2.3379])
     """
-    if parameterization != "log_var":
-        log_var, z, mu, log_weights = _as_log_var(  # type: ignore[assignment]
-            "gaussian_mixture_log_prob", parameterization, log_var, z, mu, log_weights
-        )
-    return _gaussian_mixture_log_prob(z, mu, log_var, log_weights)
+    return _gaussian_mixture_log_prob(z, mu, log_var, log_weights, parameterization)
 
 
 def aggregate_posterior(
@@ -128,8 +106,6 @@ def aggregate_posterior(
     >>> log_qz
     tensor([-1.8379, -1.8379, -1.8379])
     """
-    if parameterization != "log_var":
-        log_var, z, mu = _as_log_var(  # type: ignore[assignment]
-            "aggregate_posterior", parameterization, log_var, z, mu
-        )
-    return _aggregate_posterior(z, mu, log_var, dataset_size, estimator, legacy_mss)
+    return _aggregate_posterior(
+        z, mu, log_var, dataset_size, estimator, legacy_mss, parameterization
+    )

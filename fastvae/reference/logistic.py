@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .gaussian import _compute
+from .scale import ScaleMap, scale_map
 
 __all__ = ["discretized_logistic_log_prob", "discretized_logistic_mixture_log_prob"]
 
 
-def _log_bin(x: Tensor, mean: Tensor, log_scale: Tensor, num_bins: int) -> Tensor:
+def _log_bin(x: Tensor, mean: Tensor, s: Tensor, num_bins: int, scale: ScaleMap) -> Tensor:
     """Log-probability of each value's bin: log (1 - e^-w) sigmoid(p) sigmoid(-m), w = p - m."""
     half = 1.0 / (num_bins - 1)
-    inverse_scale = torch.exp(-log_scale)
+    log_scale = scale.log_sigma(s)
+    inverse_scale = torch.where(log_scale.isnan(), log_scale, scale.any_inverse_sigma(s))
     above, below = x - mean + half, x - mean - half
     # where a scale is 0, an edge met exactly still is: not 0 * inf
     p = torch.where(above == 0, 0.0, above * inverse_scale)
@@ -33,10 +35,15 @@ def _log_bin(x: Tensor, mean: Tensor, log_scale: Tensor, num_bins: int) -> Tenso
 
 
 def discretized_logistic_log_prob(
-    x: Tensor, mu: Tensor, log_scale: Tensor, num_bins: int = 256
+    x: Tensor,
+    mu: Tensor,
+    log_scale: Tensor,
+    num_bins: int = 256,
+    parameterization: str = "log_scale",
 ) -> Tensor:
-    x, mu, log_scale = _compute(x, mu, log_scale)
-    return _log_bin(x, mu, log_scale, num_bins).sum(-1)
+    scale = scale_map("discretized_logistic_log_prob", parameterization)
+    x, mu, s = _compute(x, mu, log_scale)
+    return _log_bin(x, mu, s, num_bins, scale).sum(-1)
 
 
 def discretized_logistic_mixture_log_prob(
@@ -46,8 +53,10 @@ def discretized_logistic_mixture_log_prob(
     log_scale: Tensor,
     coeffs: Tensor | None = None,
     num_bins: int = 256,
+    parameterization: str = "log_scale",
 ) -> Tensor:
-    x, logits, mu, log_scale = _compute(x, logits, mu, log_scale)
+    scale = scale_map("discretized_logistic_mixture_log_prob", parameterization)
+    x, logits, mu, s = _compute(x, logits, mu, log_scale)
     channels = x.shape[-1]
     means = list(mu.unbind(-2))
     if coeffs is not None:
@@ -57,5 +66,5 @@ def discretized_logistic_mixture_log_prob(
                 means[c] = means[c] + next(pairs) * x[..., j : j + 1]
     score = torch.log_softmax(logits, -1)
     for c in range(channels):
-        score = score + _log_bin(x[..., c : c + 1], means[c], log_scale[..., c, :], num_bins)
+        score = score + _log_bin(x[..., c : c + 1], means[c], s[..., c, :], num_bins, scale)
     return torch.logsumexp(score, -1)

@@ -8,26 +8,31 @@ import torch
 from torch import Tensor
 
 from .gaussian import _compute
-from .scale import ScaleMap
+from .scale import ScaleMap, scale_map
 
 __all__ = ["aggregate_posterior", "gaussian_mixture_log_prob"]
 
 
-def _log_density(z: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
+def _log_density(z: Tensor, mu: Tensor, s: Tensor, scale: ScaleMap) -> Tensor:
     """Of each dimension. So far away that the score overflows: -inf, and a gradient of zero."""
-    score = (z - mu) * ScaleMap("log_var").inverse_sigma(log_var)
+    score = (z - mu) * scale.inverse_sigma(s)
     far = torch.isinf(score)
     score = torch.where(far, 0.0, score)
-    log_var = log_var.clamp(min=torch.finfo(log_var.dtype).min)  # not -inf + inf
+    log_var = (2.0 * scale.log_sigma(s)).clamp(min=torch.finfo(s.dtype).min)  # not -inf + inf
     density = -0.5 * (math.log(2.0 * math.pi) + log_var + score * score)
     return torch.where(far, -math.inf, density)
 
 
 def gaussian_mixture_log_prob(
-    z: Tensor, mu: Tensor, log_var: Tensor, log_weights: Tensor | None = None
+    z: Tensor,
+    mu: Tensor,
+    log_var: Tensor,
+    log_weights: Tensor | None = None,
+    parameterization: str = "log_var",
 ) -> Tensor:
-    z, mu, log_var = _compute(z, mu, log_var)
-    density = _log_density(z.unsqueeze(-2), mu, log_var).sum(-1)
+    scale = scale_map("gaussian_mixture_log_prob", parameterization)
+    z, mu, s = _compute(z, mu, log_var)
+    density = _log_density(z.unsqueeze(-2), mu, s, scale).sum(-1)
     if log_weights is None:
         return torch.logsumexp(density - math.log(max(1, mu.shape[0])), -1)
     return torch.logsumexp(density + _compute(log_weights)[0], -1)
@@ -67,9 +72,11 @@ def aggregate_posterior(
     dataset_size: int | None = None,
     estimator: str = "mws",
     legacy_mss: bool = False,
+    parameterization: str = "log_var",
 ) -> tuple[Tensor, Tensor]:
-    z, mu, log_var = _compute(z, mu, log_var)
-    density = _log_density(z.unsqueeze(1), mu, log_var)  # [B, B, D]
+    scale = scale_map("aggregate_posterior", parameterization)
+    z, mu, s = _compute(z, mu, log_var)
+    density = _log_density(z.unsqueeze(1), mu, s, scale)  # [B, B, D]
     like = torch.empty((z.shape[0], z.shape[0]), dtype=z.dtype, device=z.device)
     log_w = _importance_log_weights(z.shape[0], dataset_size, estimator, legacy_mss, like)
     log_qz = torch.logsumexp(log_w + density.sum(-1), 1)

@@ -83,7 +83,9 @@ class ScaleMap:
     def any_inverse_sigma(self, s: Tensor) -> Tensor:
         if self.name == "log_var":
             return torch.exp(-0.5 * s)
-        return torch.exp(-s) if self.name == "log_scale" else 1.0 / self.sigma(s)
+        if self.name == "log_scale":
+            return torch.exp(-s)
+        return 1.0 / (self.sigma(s) + 0.0)  # of -0 as of 0
 
     def twice_kl(self, s: Tensor) -> Tensor:
         r"""``sigma^2 - 1 - log sigma^2``."""

@@ -151,9 +151,10 @@ void run_case(const Header& h) {
   }
 }
 
-// Name "pairs": rows, components and dims come as outer, inner and columns; a PairHeader follows,
-// then the inputs that there are, contiguous: z, mu, log_var, log_weights, kept, grad, grad_prod.
-// The answer is log_prob, log_prod, kept; or d_z, d_mu, d_log_var, d_log_weights, as wanted.
+// Name "pairs": rows, components and dims come as outer, inner and columns, the map to a scale as
+// `inputs`; a PairHeader follows, then the inputs that there are, contiguous: z, mu, log_var,
+// log_weights, kept, grad, grad_prod. The answer is log_prob, log_prod, kept; or d_z, d_mu,
+// d_log_var, d_log_weights, as wanted.
 struct PairHeader {
   int64_t marginals, backward, log_weights, grad, grad_prod;
   int64_t weighting;
@@ -168,6 +169,7 @@ void run_pairs(const Header& h) {
   p.dtype = static_cast<DType>(h.dtype);
   p.marginals = more.marginals != 0;
   p.rows = h.outer, p.components = h.inner, p.dims = h.columns;
+  p.scale_map = static_cast<ScaleMap>(h.inputs);
   p.weights = {static_cast<Weighting>(more.weighting), more.rest, more.own, more.next};
 
   std::vector<Buffer> buffers;
@@ -367,9 +369,10 @@ void run_spline(const Header& h) {
 }
 
 // Name "pixels": channels and components come as inner and columns, the number of bins less one as
-// the parameter; sizes follow. Then x, logits, mu, log_scale and coeffs, each an OperandHeader and
-// its data; backward has the kept, the gradients, and an OperandHeader for the gradient of each.
-// The answer is log_prob and kept; or the gradients. An operand of no bytes is not there.
+// the parameter, the map to a scale as `inputs`; sizes follow. Then x, logits, mu, log_scale and
+// coeffs, each an OperandHeader and its data; backward has the kept, the gradients, and an
+// OperandHeader for the gradient of each. The answer is log_prob and kept; or the gradients. An
+// operand of no bytes is not there.
 struct OperandHeader {
   int64_t bytes;
   int64_t pixel[kMaxGroups], channel, component;
@@ -380,6 +383,7 @@ void run_pixels(const Header& h) {
   p.dtype = static_cast<DType>(h.dtype);
   p.channels = h.inner, p.components = h.columns;
   p.levels = h.parameter;
+  p.scale_map = static_cast<ScaleMap>(h.inputs);
   const bool backward = h.row_inputs != 0;
   receive(p.sizes, sizeof p.sizes);
   const int64_t row_item = h.dtype == 1 ? 8 : 4;
