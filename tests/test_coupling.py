@@ -29,7 +29,8 @@ def test_round_trip(kind, masked):
     torch.testing.assert_close(back, x, atol=1e-13, rtol=0.0)
     torch.testing.assert_close(minus, -log_det, atol=1e-13, rtol=0.0)
     if masked:
-        assert torch.equal(y[:, ::2], x[:, ::2]) and not torch.equal(y, x)
+        assert torch.equal(y[:, ::2], x[:, ::2])
+        assert not torch.equal(y, x)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -48,8 +49,10 @@ def test_log_det_is_that_of_the_jacobian(kind, inverse):
 def test_additive_has_no_determinant():
     x, shift, _ = inputs(torch.bfloat16)
     y, log_det = fastvae.affine_coupling(x, shift)
-    assert torch.equal(y, x + shift) and y.dtype == torch.bfloat16
-    assert log_det.dtype == torch.float32 and torch.equal(log_det, torch.zeros(64))
+    assert torch.equal(y, x + shift)
+    assert y.dtype == torch.bfloat16
+    assert log_det.dtype == torch.float32
+    assert torch.equal(log_det, torch.zeros(64))
 
 
 def test_a_mask_may_be_of_numbers_or_of_booleans_and_gets_no_gradient():
@@ -57,7 +60,8 @@ def test_a_mask_may_be_of_numbers_or_of_booleans_and_gets_no_gradient():
     mask = (torch.arange(16) % 2).double()
     y, log_det = fastvae.affine_coupling(x, shift, scale, mask)
     same, log_same = fastvae.affine_coupling(x, shift, scale, mask.bool())
-    assert torch.equal(y, same) and torch.equal(log_det, log_same)
+    assert torch.equal(y, same)
+    assert torch.equal(log_det, log_same)
     mask.requires_grad_()
     y, log_det = fastvae.affine_coupling(x, shift, scale, mask)
     (grad,) = torch.autograd.grad(y.sum() + log_det.sum(), mask)
@@ -84,7 +88,8 @@ def test_a_log_det_alone_has_a_finite_gradient_where_sigma_has_none(kind):
         for inverse in (False, True):
             _, log_det = fastvae.affine_coupling(x, shift, scale, kind=kind, inverse=inverse)
             (grad,) = torch.autograd.grad(log_det.sum(), scale)
-            assert log_det.isfinite().all() and grad.isfinite().all()
+            assert log_det.isfinite().all()
+            assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "gated"])
