@@ -2,7 +2,8 @@
 
 Drop-in functions with autograd (:mod:`fastvae.functional`), the same in plain PyTorch
 (:mod:`fastvae.reference`), bounds and gradients made of them (:mod:`fastvae.estimators`), explicit
-randomness (:mod:`fastvae.random`), and models (:mod:`fastvae.models`). Functions of the first and
+randomness (:mod:`fastvae.random`), normalizing flows as modules (:mod:`fastvae.flows`), and models
+(:mod:`fastvae.models`). Functions of the first and
 third are importable from here.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _load, estimators, functional, random, reference
+from . import _load, estimators, flows, functional, random, reference
 from .estimators import (
     elbo,
     gaussian_entropy,
@@ -34,6 +35,7 @@ __all__ = [
     "build_info",
     "elbo",
     "estimators",
+    "flows",
     "functional",
     "gaussian_entropy",
     "importance_sampled_log_likelihood",

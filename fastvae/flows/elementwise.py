@@ -1,0 +1,97 @@
+"""Transforms of each column by itself, or of their order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import affine_coupling
+from .transform import Transform
+
+__all__ = ["ActNorm", "Permutation"]
+
+
+class ActNorm(Transform):
+    r"""A scale and a shift for each column, :math:`x = e^s z + t`.
+
+    The first batch that it meets in training, in either direction, sets them so that what comes out
+    has mean 0 and variance 1 (Kingma & Dhariwal, "Glow", NeurIPS 2018).
+
+    >>> norm = fastvae.flows.ActNorm(3)
+    >>> z, _ = norm.inverse_and_log_det(5.0 + 2.0 * torch.randn(1000, 3))
+    >>> bool(z.mean().abs() < 1e-5)
+    True
+    """
+
+    is_set: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"ActNorm: dim must be positive, got {dim}")
+        self.shift = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("is_set", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def _set(self, rows: Tensor, inverse: bool) -> None:
+        if self.is_set or not self.training or rows.numel() == 0:
+            return
+        rows = rows.flatten(end_dim=-2) if rows.dim() > 1 else rows.unsqueeze(0)
+        mean, deviation = rows.mean(0), rows.std(0, unbiased=False).clamp(min=1e-6)
+        self.log_scale.copy_(deviation.log() if inverse else -deviation.log())
+        self.shift.copy_(mean if inverse else -mean / deviation)
+        self.is_set.fill_(True)
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._set(z, inverse=False)
+        return affine_coupling(z, self.shift, self.log_scale)
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._set(x, inverse=True)
+        return affine_coupling(x, self.shift, self.log_scale, inverse=True)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.shift.shape[0]}"
+
+
+class Permutation(Transform):
+    """The columns in another order: reversed, or one drawn when the module is made.
+
+    >>> fastvae.flows.Permutation(4).forward_and_log_det(torch.arange(4.0))[0]
+    tensor([3., 2., 1., 0.])
+    """
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, dim: int, *, random: bool = False) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"Permutation: dim must be positive, got {dim}")
+        order = torch.randperm(dim) if random else torch.arange(dim).flip(0)
+        self.random = random
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return z.index_select(-1, self.order), _no_determinant(z)
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return x.index_select(-1, self.back), _no_determinant(x)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.order.shape[0]}, random={self.random}"
+
+
+def _no_determinant(x: Tensor) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_zeros(x.shape[:-1], dtype=wide)

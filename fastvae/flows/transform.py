@@ -1,0 +1,31 @@
+"""What a transform is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["Transform"]
+
+
+class Transform(nn.Module):
+    r"""An invertible map of rows, ``[..., D]``, from noise z to data x, perhaps given a context.
+
+    Both methods return the result and, in nats, ``[...]``, the log-determinant of the map that they
+    take: :math:`\log|\det \partial x / \partial z|` forward,
+    :math:`\log|\det \partial z / \partial x|`, which is minus that, inverse.
+    """
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(x, log_det)`` of ``z``, ``[..., D]``, and ``context``, ``[..., C]``."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward direction")
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(z, log_det)`` of ``x``, ``[..., D]``, and ``context``, ``[..., C]``."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse direction")
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.forward_and_log_det(z, context)
