@@ -114,6 +114,7 @@ class Case:
     unrolls: Callable[[Shape], bool] = lambda sizes: False  # torch.compile would take minutes
     rounds: str = ""  # its row sums have fewer than six digits in float32
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # other packages' own
+    others: tuple[str, ...] = ()  # peers whose function is another one, timed all the same
     approximate: str = ""  # why the formula written by hand is timed though it is off
     # max |value - float64 reference| / (|reference| + atol) per dtype
     rtol: dict[torch.dtype, float] = field(
@@ -1117,6 +1118,7 @@ def _spline(inverse: bool = False, circular: bool = False) -> Case:
         distributions=None,
         bench=() if circular else ((512, 64, 8),),
         peers={} if circular else {"nflows": _with_nflows(inverse), "zuko": _with_zuko(inverse)},
+        others=("zuko",),  # which squashes what it is given, and knows no smallest bin
         bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
         bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
         settings=(3.0, tails, inverse, 1e-3, 1e-3, 1e-3),
