@@ -29,7 +29,7 @@ class FlowOp {
   static constexpr int kInputs = F::kInputs;
   using Inputs = std::array<Tensor, kInputs>;
 
-  explicit FlowOp(const Inputs& inputs) {
+  FlowOp(const Inputs& inputs, bool inverse) : inverse_(inverse) {
     const Argument first{"z", inputs[0]};
     check_input(F::kName, first, first);
     for (int i = 1; i < kInputs; ++i) check_input(F::kName, {F::kArguments[i], inputs[i]}, first);
@@ -122,6 +122,7 @@ class FlowOp {
     for (const c10::SymInt& size : rows_) s.rows *= size.expect_int();
     s.steps = lines_.back().expect_int();
     s.shared = shared_;
+    s.inverse = inverse_;
     s.z = inputs_[0].const_data_ptr();
     for (int i = 0; i < F::kVectors; ++i) s.vectors[i] = inputs_[1 + i].const_data_ptr();
     for (int i = 0; i < F::kGiven; ++i) s.given[i] = inputs_[1 + F::kVectors + i].const_data_ptr();
@@ -174,7 +175,7 @@ class FlowOp {
 
   Inputs inputs_;
   c10::SymDimVector rows_, lines_;  // leading dimensions, of z and what it broadcasts to; [.., K]
-  bool shared_;
+  bool shared_, inverse_;
 };
 
 template <class F, class Indices = std::make_index_sequence<F::kInputs>>
@@ -185,14 +186,14 @@ struct DefinedFlow<F, std::index_sequence<I...>> {
   using Each = Tensor;
   static constexpr const char* kName = F::kName;
 
-  static std::tuple<Tensor, Tensor> forward(const Each<I>&... inputs) {
-    return FlowOp<F>({inputs...}).forward();
+  static std::tuple<Tensor, Tensor> forward(const Each<I>&... inputs, bool inverse) {
+    return FlowOp<F>({inputs...}, inverse).forward();
   }
   static std::tuple<Each<I>...> backward(const optional<Tensor>& grad_z,
                                          const optional<Tensor>& grad_log_det,
-                                         const Each<I>&... inputs,
+                                         const Each<I>&... inputs, bool inverse,
                                          std::array<bool, sizeof...(I)> wanted) {
-    auto gradients = FlowOp<F>({inputs...}).backward(grad_z, grad_log_det, wanted);
+    auto gradients = FlowOp<F>({inputs...}, inverse).backward(grad_z, grad_log_det, wanted);
     return {std::move(gradients[I])...};
   }
 };
@@ -200,9 +201,10 @@ struct DefinedFlow<F, std::index_sequence<I...>> {
 template <class F>
 void define_flow(torch::Library& m) {
   const TensorsSchema<F> schema;
-  define<DefinedFlow<F>>(m, "(" + schema.inputs + ") -> (Tensor z, Tensor log_det)",
-                         "(Tensor? grad_z, Tensor? grad_log_det, " + schema.inputs + ", " +
-                             schema.wanted + ") -> (" + schema.gradients + ")");
+  define<DefinedFlow<F>>(
+      m, "(" + schema.inputs + ", bool inverse=False) -> (Tensor z, Tensor log_det)",
+      "(Tensor? grad_z, Tensor? grad_log_det, " + schema.inputs + ", bool inverse, " +
+          schema.wanted + ") -> (" + schema.gradients + ")");
 }
 
 }  // namespace

@@ -4,8 +4,11 @@
 // Lines of parameters are constrained first, into a table. A pass over the rows moves them by one
 // step and measures them for the next at once; what is a matter of a row, its tanh or its
 // logarithm, is then done for all, a row in each lane. Backwards a pass takes the gradient
-// through one step and weighs it for the one before. Backward walks forward again and keeps the
+// through one step and weighs it for the one before. Backward walks the steps again and keeps the
 // states of its rows, [K][D], no more.
+//
+// The inverse walks the steps from the last to the first, so that its backward walks from the first
+// to the last; it keeps what lies before each step too, which is where the walk comes to.
 //
 // Threads are the caller's business: each function works on [begin, end) of its units. Sums over
 // rows, which shared parameters want, are made of the sums of at most kMaxChunks runs of rows, in
@@ -28,9 +31,9 @@ inline constexpr int kGroup = 4;                       // of them at once
 // What is done with an element. Each is a function of numbers: variables of a loop over lanes whose
 // address is taken keep it from being vectorised. A flow of one vector has it twice.
 template <class F, class T>
-FASTVAE_HD T moved(T z, T shift, T v0, T v1) {
+FASTVAE_HD T moved(T z, T by, T v0, T v1) {
   const T v[] = {v0, v1};
-  return F::move(z, shift, v);
+  return F::move(z, by, v);
 }
 template <class F, class T>
 FASTVAE_HD T measure(T z, T v0, T v1) {
@@ -42,11 +45,11 @@ FASTVAE_HD T weigh(T grad, T z, T v0, T v1) {
   const T v[] = {v0, v1};
   return F::weigh(grad, z, v);
 }
-template <class F, class T>
+template <class F, bool kInverse, class T>
 FASTVAE_HD void pull(T& grad, T z, T shift, T slope, T v0, T v1, T& d0, T& d1) {
   const T v[] = {v0, v1};
   T d[] = {T(0), T(0)};
-  grad = F::pull(grad, z, shift, slope, v, d);
+  grad = F::template pull<kInverse>(grad, z, shift, slope, v, d);
   d0 = d[0];
   d1 = d[1];
 }
@@ -99,11 +102,11 @@ class RowSums {
   alignas(64) double total_[kRows];
 };
 
-// A block of rows of `width`, z, move by `shift` along `line`; what `next` measures of them then
-// goes to `measured`. Before the first step nothing moves.
+// A block of rows of `width`, z, move along `line`, each as its `by` says; what `next` measures of
+// them then goes to `measured`. Before the first step nothing moves.
 template <class F, class T, bool kShared, bool kMoves>
 FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared> line,
-                            LineOf<T, kShared> next, const T* shift, T* measured) {
+                            LineOf<T, kShared> next, const T* by_row, T* measured) {
   RowSums<T> totals(width);
   const int64_t second = (F::kVectors - 1) * width;
   for (int64_t first = 0; first < width; first += kSumColumns) {
@@ -111,7 +114,7 @@ FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared>
     for (int r = 0; r < kRows; r += kGroup) {
       const T* x = z + r * width;
       T *y = to + r * width, by[kGroup];
-      for (int j = 0; j < kGroup; ++j) by[j] = kMoves ? shift[r + j] : T(0);
+      for (int j = 0; j < kGroup; ++j) by[j] = kMoves ? by_row[r + j] : T(0);
       Lanes<T> sums[kGroup] = {};
       for (int64_t c = first; c < last; c += kLanes) {
         VectorLanes<T> v, n;
@@ -136,10 +139,10 @@ FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared>
   totals.write(measured);
 }
 
-// The gradient goes back through a step from z along `line`; what the step before, from `z_before`
+// The gradient goes back through a step from z along `line`; what the one next, from `z_before`
 // along `before`, weighs of it goes to `weighed`. The gradient of the vectors of row r goes to
 // d_line, r line.apart further; or that of all rows is added to d_line, if they share it.
-template <class F, class T, bool kShared, bool kPulls>
+template <class F, class T, bool kShared, bool kPulls, bool kInverse>
 FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t width,
                             LineOf<T, kShared> line, LineOf<T, kShared> before, const T* shift,
                             const T* slope, T* weighed, T* d_line) {
@@ -170,7 +173,8 @@ FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t widt
           for (int l = 0; l < kLanes; ++l) {
             T grad_z = g[at + l], of0, of1;
             if (kPulls) {
-              pull<F>(grad_z, x[at + l], by[j], tilt[j], v.first.at[l], v.second.at[l], of0, of1);
+              pull<F, kInverse>(grad_z, x[at + l], by[j], tilt[j], v.first.at[l], v.second.at[l],
+                                of0, of1);
               g[at + l] = grad_z;
               if (kShared) {
                 d0.at[l] += of0;
@@ -270,44 +274,47 @@ FASTVAE_CLONES void add_to(const T* x, int64_t n, T* sum) {
   for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
 }
 
-// The step of each lane, and its way back.
-template <class F, class T>
-FASTVAE_HD void take_step(T measured, T n0, T n1, T dims, T& shift, T& log_det) {
+// The step of each lane, and its way back. Its argument takes the place of what was measured.
+template <class F, bool kInverse, class T>
+FASTVAE_HD void take_step(T& measured, T n0, T n1, T dims, T& by, T& log_det) {
   const T numbers[] = {n0, n1};
+  measured = kInverse ? F::solve(measured, numbers) : F::argument(measured, numbers);
   const typename F::template Step<T> step(measured, numbers, dims);
-  shift = step.shift;
-  log_det = step.log_det;
+  by = kInverse ? step.back : step.there;
+  log_det = kInverse ? -step.log_det : step.log_det;
 }
-template <class F, class T, bool kLogDet>
-FASTVAE_CLONES void take_steps(const T* measured, const T (*numbers)[kRows], T dims, T* shift,
+template <class F, class T, bool kInverse, bool kLogDet>
+FASTVAE_CLONES void take_steps(T* measured, const T (*numbers)[kRows], T dims, T* by,
                                double* total) {
   alignas(64) T log_det[kRows];
 #pragma omp simd
   for (int l = 0; l < kRows; ++l) {
-    take_step<F, T>(measured[l], numbers[0][l], numbers[1][l], dims, shift[l], log_det[l]);
+    take_step<F, kInverse>(measured[l], numbers[0][l], numbers[1][l], dims, by[l], log_det[l]);
   }
   for (int l = 0; kLogDet && l < kRows; ++l) total[l] += double(log_det[l]);
 }
 
-template <class F, class T>
-FASTVAE_HD void take_back(T measured, T n0, T n1, T dims, T weighed, T grad_log_det, T& shift,
+template <class F, bool kInverse, class T>
+FASTVAE_HD void take_back(T argument, T n0, T n1, T dims, T weighed, T grad_log_det, T& shift,
                           T& slope, T& d_n0, T& d_n1) {
+  using Back = typename F::template Back<T>;
   const T numbers[] = {n0, n1};
-  const typename F::template Step<T> step(measured, numbers, dims);
-  const typename F::template Back<T> back(step, weighed, grad_log_det, numbers, dims);
+  const typename F::template Step<T> step(argument, numbers, dims);
+  const Back back = kInverse ? Back::inverse(step, weighed, grad_log_det, numbers, dims)
+                             : Back(step, weighed, grad_log_det, numbers, dims);
   shift = back.shift;
   slope = back.slope;
   d_n0 = back.numbers[0];
   d_n1 = back.numbers[1];
 }
-template <class F, class T>
-FASTVAE_CLONES void take_steps_back(const T* measured, const T (*numbers)[kRows], T dims,
+template <class F, class T, bool kInverse>
+FASTVAE_CLONES void take_steps_back(const T* arguments, const T (*numbers)[kRows], T dims,
                                     const T* weighed, const T* grad_log_det, T* shift, T* slope,
                                     T (*d_numbers)[kRows]) {
 #pragma omp simd
   for (int l = 0; l < kRows; ++l) {
-    take_back<F, T>(measured[l], numbers[0][l], numbers[1][l], dims, weighed[l], grad_log_det[l],
-                    shift[l], slope[l], d_numbers[0][l], d_numbers[1][l]);
+    take_back<F, kInverse>(arguments[l], numbers[0][l], numbers[1][l], dims, weighed[l],
+                           grad_log_det[l], shift[l], slope[l], d_numbers[0][l], d_numbers[1][l]);
   }
 }
 
@@ -378,7 +385,8 @@ class FlowTask {
     std::vector<Lanes<T>> tile(static_cast<size_t>(kRows * width_ / kLanes));
     T* z = tile.data()->at;
     const auto line = [&](int64_t k) { return this->line<kShared>(k); };
-    alignas(64) T measured[kRows], shift[kRows];
+    const auto take = s_.inverse ? take_steps<F, T, true, true> : take_steps<F, T, false, true>;
+    alignas(64) T measured[kRows], by[kRows];
     for (int64_t block = begin; block < end; ++block) {
       alignas(64) double log_det[kRows] = {};
       start(block);
@@ -386,9 +394,9 @@ class FlowTask {
       advance<F, T, kShared, false>(z, z, width_, line(0), line(0), nullptr, measured);
       for (int64_t k = 0; k < s_.steps; ++k) {
         read_numbers<kShared>(k);
-        take_steps<F, T, true>(measured, numbers_, dims(), shift, log_det);
+        take(measured, numbers_, dims(), by, log_det);
         const int64_t next = std::min(k + 1, s_.steps - 1);  // of the last step nobody asks
-        advance<F, T, kShared, true>(z, z, width_, line(k), line(next), shift, measured);
+        advance<F, T, kShared, true>(z, z, width_, line(k), line(next), by, measured);
       }
       write_rows(z, s_.out);
       for (int r = 0; r < count_; ++r) {
@@ -407,8 +415,16 @@ class FlowTask {
     T* grad = gradients.data()->at;
     const auto line = [&](int64_t k) { return this->line<kShared>(k); };
     const auto at = [&](int64_t k) { return measures.data()->at + k * kRows; };
-    const auto z = [&](int64_t k) { return states.data()->at + k * tile; };  // before step k
-    alignas(64) T shift[kRows], slope[kRows], weighed[kRows], grad_log_det[kRows];
+    const auto z = [&](int64_t k) { return states.data()->at + k * tile; };
+    alignas(64) T shift[kRows], slope[kRows], weighed[kRows], grad_log_det[kRows], last_one[kRows];
+    // The walk comes from where a step begins or, in the inverse, where one has just been.
+    const bool inverse = s_.inverse;
+    const auto from = [&](int64_t k) { return z(inverse ? std::max<int64_t>(k - 1, 0) : k); };
+    const auto to = [&](int64_t k) { return z(inverse ? k : k + 1); };
+    const auto take = inverse ? take_steps<F, T, true, false> : take_steps<F, T, false, false>;
+    const auto take_back = inverse ? take_steps_back<F, T, true> : take_steps_back<F, T, false>;
+    const auto pull_back = inverse ? retreat<F, T, kShared, true, !F::kPullsOneWay>
+                                   : retreat<F, T, kShared, true, false>;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       T* total = d_table + chunk * steps * stride_;
       T* sums = folded.data()->at;
@@ -419,28 +435,29 @@ class FlowTask {
         start(block);
         read_rows(s_.z, z(0));
         advance<F, T, kShared, false>(z(0), z(0), width_, line(0), line(0), nullptr, at(0));
-        for (int64_t k = 0; k + 1 < steps; ++k) {
+        for (int64_t k = 0; k < steps; ++k) {
+          const int64_t next = std::min(k + 1, steps - 1);
           read_numbers<kShared>(k);
-          take_steps<F, T, false>(at(k), numbers_, dims(), shift, nullptr);
-          advance<F, T, kShared, true>(z(k), z(k + 1), width_, line(k), line(k + 1), shift,
-                                       at(k + 1));
+          take(at(k), numbers_, dims(), shift, nullptr);
+          if (next == k && !inverse) break;
+          advance<F, T, kShared, true>(from(k), to(k), width_, line(k), line(next), shift,
+                                       next > k ? at(next) : last_one);
         }
         read_grads(grad, grad_log_det);
         const int64_t end_step = steps - 1;
-        retreat<F, T, kShared, false>(grad, z(end_step), z(end_step), width_, line(end_step),
-                                      line(end_step), nullptr, nullptr, weighed, sums);
+        retreat<F, T, kShared, false, false>(grad, z(end_step), z(end_step), width_, line(end_step),
+                                             line(end_step), nullptr, nullptr, weighed, sums);
         for (int64_t k = end_step; k >= 0; --k) {
           read_numbers<kShared>(k);
-          take_steps_back<F, T>(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope,
-                                d_numbers_);
-          T* d_line = sums + k * stride_;
+          take_back(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope, d_numbers_);
+          T* d_line = sums + step(k) * stride_;
           if constexpr (!kShared) {  // a block that is not full has nowhere to put its padding's
             T* own = count_ < kRows ? unused.data()->at : d_table + first_ * steps * stride_;
-            d_line = own + k * stride_;
+            d_line = own + step(k) * stride_;
           }
           const int64_t before = std::max<int64_t>(k - 1, 0);  // of the first step nobody asks
-          retreat<F, T, kShared, true>(grad, z(k), z(before), width_, line(k), line(before), shift,
-                                       slope, weighed, d_line);
+          pull_back(grad, z(k), z(before), width_, line(k), line(before), shift, slope, weighed,
+                    d_line);
           for (int i = 0; i < 2; ++i) {
             for (int r = 0; r < count_; ++r) {
               T& to = d_line[(kShared ? 0 : r * apart()) + F::kVectors * width_ + i];
@@ -468,14 +485,18 @@ class FlowTask {
   }
   T dims() const { return static_cast<T>(s_.dims); }
 
-  // Step k's lines of the block. Rows of a full block have them in the table; else the padding
+  // The k-th step of a walk.
+  int64_t step(int64_t k) const { return s_.inverse ? s_.steps - 1 - k : k; }
+
+  // Its lines of the block. Rows of a full block have them in the table; else the padding
   // repeats the last row's, and they are gathered.
   template <bool kShared>
   LineOf<T, kShared> line(int64_t k) {
-    if (kShared) return {table_ + k * stride_, 0};
-    if (count_ == kRows) return {table_ + (first_ * s_.steps + k) * stride_, apart()};
+    const int64_t at = step(k) * stride_;
+    if (kShared) return {table_ + at, 0};
+    if (count_ == kRows) return {table_ + first_ * apart() + at, apart()};
     if (gathered_ != first_) gather_lines();
-    return {lines_.data()->at + k * stride_, apart()};
+    return {lines_.data()->at + at, apart()};
   }
   int64_t apart() const { return s_.steps * stride_; }
   void gather_lines() {

@@ -327,6 +327,44 @@ def _eager_radial_flow(
     return z, log_det
 
 
+def _eager_planar_inverse(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, inverse: bool = True
+) -> tuple[Tensor, Tensor]:
+    dot = (w * u).sum(-1)
+    e = torch.nn.functional.softplus(dot) - 1
+    v = u + ((e - dot) / w.square().sum(-1)).unsqueeze(-1) * w
+    log_det = z.new_zeros(z.shape[:-1])
+    for k in reversed(range(u.shape[-2])):
+        c, e_k = (z * w[..., k, :]).sum(-1) + b[..., k], e[..., k]
+        a = (c / (1 + e_k.clamp(min=0))).detach()
+        for step in range(6):  # Newton's; the last for the gradient
+            with torch.set_grad_enabled(step == 5 and torch.is_grad_enabled()):
+                h = torch.tanh(a)
+                a = a - (a + e_k * h - c) / (1 + e_k * (1 - h * h))
+        h = torch.tanh(a)
+        z = z - v[..., k, :] * h.unsqueeze(-1)
+        log_det = log_det - torch.log1p(e_k * (1 - h * h))
+    return z, log_det
+
+
+def _eager_radial_inverse(
+    z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor, inverse: bool = True
+) -> tuple[Tensor, Tensor]:
+    a = torch.nn.functional.softplus(alpha)
+    b = torch.nn.functional.softplus(beta) - a
+    log_det = z.new_zeros(z.shape[:-1])
+    for k in reversed(range(center.shape[-2])):
+        d = z - center[..., k, :]
+        p = d.norm(dim=-1) - a[..., k] - b[..., k]
+        r = (p + (p.square() + 4 * a[..., k] * d.norm(dim=-1)).sqrt()) / 2
+        h = 1 / (a[..., k] + r)
+        bh = b[..., k] * h
+        z = center[..., k, :] + d / (1 + bh).unsqueeze(-1)
+        log_det = log_det - (z.shape[-1] - 1) * torch.log1p(bh)
+        log_det = log_det - torch.log1p(bh - b[..., k] * r * h * h)
+    return z, log_det
+
+
 def _eager_gaussian_kl(
     mu_q: Tensor, log_var_q: Tensor, mu_p: Tensor | None = None, log_var_p: Tensor | None = None
 ) -> Tensor:
@@ -905,7 +943,9 @@ def _given_by(
     )
 
 
-def _flow(op: str, eager: Callable[..., Any], own_lines: bool = False) -> Case:
+def _flow(
+    op: str, eager: Callable[..., Any], own_lines: bool = False, inverse: bool = False
+) -> Case:
     """At sizes ``[..., D, K]``, the steps of all rows, or each row's own."""
 
     def line(s: Shape) -> Shape:
@@ -930,14 +970,23 @@ def _flow(op: str, eager: Callable[..., Any], own_lines: bool = False) -> Case:
 
     return Case(
         op=op,
-        variant="amortised" if own_lines else "",
+        variant=" ".join(filter(None, ("inverse" * inverse, "amortised" * own_lines))),
         inputs=(Input("z", shape=lambda s: s[:-1]), *parameters),
         outputs=("element", "row"),
         eager=eager,
         distributions=None,
-        bench=() if own_lines else ((512, 64, 16), (512, 40, 80), (4096, 2, 32)),
+        bench=()
+        if own_lines
+        else ((512, 64, 16),)
+        if inverse
+        else ((512, 64, 16), (512, 40, 80), (4096, 2, 32)),
         unrolls=lambda s: s[-1] > 32,
-        peers={
+        settings=(inverse,),
+        wired_as=f"{op}-inverse" if inverse and own_lines else "",
+        options={"inverse": True} if inverse else {},
+        peers={}
+        if inverse
+        else {
             "normflows": _with_normflows("Planar", _planar_parameters)
             if planar
             else _with_normflows("Radial", _radial_parameters)
@@ -957,6 +1006,10 @@ FLOWS = (
     _flow("planar_flow", _eager_planar_flow, own_lines=True),
     _flow("radial_flow", _eager_radial_flow),
     _flow("radial_flow", _eager_radial_flow, own_lines=True),
+    _flow("planar_flow", _eager_planar_inverse, inverse=True),
+    _flow("planar_flow", _eager_planar_inverse, own_lines=True, inverse=True),
+    _flow("radial_flow", _eager_radial_inverse, inverse=True),
+    _flow("radial_flow", _eager_radial_inverse, own_lines=True, inverse=True),
 )
 
 SCALES: tuple[Case, ...] = (

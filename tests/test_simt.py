@@ -941,11 +941,58 @@ def radial_steps(z: torch.Tensor, c: torch.Tensor, al: torch.Tensor, be: torch.T
     return [z, log_det]
 
 
+def bisect(f, y: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The root of f(x) = y, increasing, as a function of all that f knows."""
+    with torch.no_grad():
+        for _ in range(200):
+            middle = (low + high) / 2
+            above = f(middle) > y
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    x = low.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(f(x).sum(), x)
+    return low - (f(low) - y) / slope
+
+
+def planar_undone(y: torch.Tensor, u: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> list:
+    log_det = torch.zeros_like(y[:, 0])
+    for k in reversed(range(u.shape[-2])):
+        dot, square = (u * w).sum(-1)[..., k], (w * w).sum(-1)[..., k]
+        m = torch.log1p(torch.exp(dot)) - 1
+        v = u[..., k, :] + ((m - dot) / square).unsqueeze(-1) * w[..., k, :]
+        c = (w[..., k, :] * y).sum(-1) + b[..., k]
+        a = bisect(lambda a, m=m: a + m * torch.tanh(a), c, c - 1 - m.abs(), c + 1 + m.abs())
+        y = y - v * torch.tanh(a).unsqueeze(-1)
+        log_det = log_det - torch.log(1 + m / torch.cosh(a).square())
+    return [y, log_det]
+
+
+def radial_undone(y: torch.Tensor, c: torch.Tensor, al: torch.Tensor, be: torch.Tensor) -> list:
+    log_det = torch.zeros_like(y[:, 0])
+    for k in reversed(range(c.shape[-2])):
+        a = torch.log1p(torch.exp(al[..., k]))
+        b = torch.log1p(torch.exp(be[..., k])) - a
+        far = (y - c[..., k, :]).norm(dim=-1)
+        r = bisect(lambda r, a=a, b=b: r + b * r / (a + r), far, 0 * far, far + a)
+        stretch = 1 + b / (a + r)
+        y = c[..., k, :] + (y - c[..., k, :]) / stretch.unsqueeze(-1)
+        log_det = log_det - (y.shape[-1] - 1) * stretch.log()
+        log_det = log_det - (stretch - b * r / (a + r).square()).log()
+    return [y, log_det]
+
+
+FLOWS = {
+    "planar": planar_steps,
+    "radial": radial_steps,
+    "planar undone": planar_undone,
+    "radial undone": radial_undone,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("steps", [planar_steps, radial_steps], ids=["planar", "radial"])
-def test_flows(program: Path, steps, shared: bool, dtype: torch.dtype) -> None:
-    name = steps.__name__.removesuffix("_steps") + "_flow"
+@pytest.mark.parametrize("flow", FLOWS)
+def test_flows(program: Path, flow: str, shared: bool, dtype: torch.dtype) -> None:
+    steps, name = FLOWS[flow], flow.removesuffix(" undone") + "_flow"
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # more rows than warps that sum, than columns of a warp, and hardly any
     for rows, length, dims in ((1, 1, 1), (5, 3, 2), (37, 4, 33), (3, 2, 130), (1030, 2, 3)):
@@ -978,7 +1025,8 @@ def test_flows(program: Path, steps, shared: bool, dtype: torch.dtype) -> None:
                     "<64s17qd",
                     name.encode(),
                     DTYPES.index(dtype),
-                    *(rows, length, dims, int(shared), int(wanted > 0), 0, 0, wanted, 0, 0),
+                    *(rows, length, dims, int(shared), int(wanted > 0), int("undone" in flow), 0),
+                    *(wanted, 0, 0),
                     *(int(first), 1 if first else 2**31 - 1, -1, 0),
                     *(0, 0),
                     0.0,

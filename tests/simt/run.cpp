@@ -263,9 +263,9 @@ void run_triangles(const Header& h) {
 }
 
 // Names "planar_flow" and "radial_flow": rows, steps and dims come as outer, inner and columns,
-// whether lines are shared as `inputs`. Then, contiguous: z, the vectors, the numbers of lines, and
-// for backward those there are of grad_z and grad_log_det (wanted, bits 0 and 1). The answer is z
-// and log_det, or the gradients of all.
+// whether lines are shared as `inputs`, whether it is the inverse as `outputs`. Then, contiguous:
+// z, the vectors, the numbers of lines, and for backward those there are of grad_z and grad_log_det
+// (wanted, bits 0 and 1). The answer is z and log_det, or the gradients of all.
 template <class F>
 void run_flow(const Header& h) {
   const bool backward = h.row_inputs != 0;
@@ -273,6 +273,7 @@ void run_flow(const Header& h) {
   FlowSweep s;
   s.dtype = static_cast<DType>(h.dtype);
   s.rows = h.outer, s.steps = h.inner, s.dims = h.columns, s.shared = h.inputs != 0;
+  s.inverse = h.outputs != 0;
   std::vector<Buffer> buffers;
   std::vector<std::pair<const char*, int64_t>> answer;
   const auto input = [&](int64_t bytes) {
