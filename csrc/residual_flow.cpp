@@ -154,10 +154,13 @@ class FlowOp {
     const auto table_of = [&](int64_t lines) {
       return allocate({lines, Task::stride_of(s)}, at::dtype(c10::CppTypeToScalarType<T>::value));
     };
-    const Tensor tables = table_of(s.line_count());
+    const auto each_shared_line = [&](int64_t elements, const auto& work) {
+      if (s.shared) in_parallel(s.steps, elements, work);
+    };
+    const Tensor tables = table_of(s.shared ? s.steps : 0);
     T* table = tables.mutable_data_ptr<T>();
-    in_parallel(s.line_count(), 4 * s.dims,
-                [&](int64_t begin, int64_t end) { Task(s, table).constrain(begin, end); });
+    each_shared_line(4 * s.dims,
+                     [&](int64_t begin, int64_t end) { Task(s, table).constrain(begin, end); });
     const int64_t block = cpu::kRows * s.dims * s.steps;
     if (!backward) {
       in_parallel(Task::blocks(s), block,
@@ -165,12 +168,13 @@ class FlowOp {
       return;
     }
     const int64_t chunks = Task::chunks(s);
-    const Tensor d_tables = table_of(s.shared ? chunks * s.steps : s.line_count());
+    const Tensor d_tables = table_of(s.shared ? chunks * s.steps : 0);
     T* d_table = d_tables.mutable_data_ptr<T>();
     in_parallel(chunks, 4 * block * Task::blocks(s) / chunks,
                 [&](int64_t begin, int64_t end) { Task(s, table).backward(begin, end, d_table); });
-    in_parallel(s.line_count(), (4 + (s.shared ? chunks / 8 : 0)) * s.dims,
-                [&](int64_t begin, int64_t end) { Task(s, table).finish(begin, end, d_table); });
+    each_shared_line((4 + chunks / 8) * s.dims, [&](int64_t begin, int64_t end) {
+      Task(s, table).finish(begin, end, d_table);
+    });
   }
 
   Inputs inputs_;

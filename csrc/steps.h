@@ -1,11 +1,12 @@
 // The CPU engine of residual flows (residual_flow.h): all K steps of a block of rows, which stay in
 // the cache, columns in the lanes.
 //
-// Lines of parameters are constrained first, into a table. A pass over the rows moves them by one
-// step and measures them for the next at once; what is a matter of a row, its tanh or its
-// logarithm, is then done for all, a row in each lane. Backwards a pass takes the gradient
-// through one step and weighs it for the one before. Backward walks the steps again and keeps the
-// states of its rows, [K][D], no more.
+// Lines of parameters are constrained first: those that all rows share into a table, a row's own
+// with those of its block, so that no more of them lie in memory than a thread works on. A pass
+// over the rows moves them by one step and measures them for the next at once; what is a matter of
+// a row, its tanh or its logarithm, is then done for all, a row in each lane. Backwards a pass
+// takes the gradient through one step and weighs it for the one before. Backward walks the steps
+// again and keeps the states of its rows, [K][D], no more.
 //
 // The inverse walks the steps from the last to the first, so that its backward walks from the first
 // to the last; it keeps what lies before each step too, which is where the walk comes to.
@@ -334,14 +335,9 @@ class FlowTask {
   FlowTask(const FlowSweep& s, T* table)
       : s_(s), table_(table), width_(width_of(s)), stride_(stride_of(s)) {}
 
-  // Lines begin..end of the table.
+  // Lines begin..end, which all rows share, to the table.
   void constrain(int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      T* to = table_ + n * stride_;
-      const typename F::template Line<T> line = read_line(n, to);
-      constrain_line<F>(line, to, width_);
-      std::copy_n(line.numbers, 2, to + F::kVectors * width_);
-    }
+    for (int64_t n = begin; n < end; ++n) constrain_to(n, table_ + n * stride_);
   }
 
   // Blocks begin..end.
@@ -349,33 +345,19 @@ class FlowTask {
     s_.shared ? forward_as<true>(begin, end) : forward_as<false>(begin, end);
   }
 
-  // Chunks begin..end of the blocks. The gradients of lines go to `d_table`, [chunks, K] of shared
-  // lines, or [rows, K].
+  // Chunks begin..end of the blocks. The gradients of lines that all rows share go to `d_table`,
+  // [chunks, K].
   void backward(int64_t begin, int64_t end, T* d_table) {
-    s_.shared ? backward_as<true>(begin, end, d_table) : backward_as<false>(begin, end, d_table);
+    s_.shared ? backward_as<true>(begin, end, d_table) : backward_as<false>(begin, end, nullptr);
   }
 
-  // The gradients of lines begin..end as they were given.
-  void finish(int64_t begin, int64_t end, const T* d_table) {
-    std::vector<Lanes<T>> tiles[2];
-    for (auto& tile : tiles) tile.resize(static_cast<size_t>(stride_ / kLanes));
-    T *sum = tiles[0].data()->at, *given = tiles[1].data()->at;
+  // Which are then finished, lines begin..end.
+  void finish(int64_t begin, int64_t end, T* d_table) {
+    const int64_t part = s_.steps * stride_;
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t parts = s_.shared ? chunks(s_) : 1, part = s_.steps * stride_;
-      std::copy_n(d_table + n * stride_, stride_, sum);
-      for (int64_t p = 1; p < parts; ++p) add_to(d_table + n * stride_ + p * part, stride_, sum);
-      const typename F::template Line<T> line = read_line(n, given);
-      const T total = sum_line_gradient<F>(sum, given, width_);
-      const typename F::template LineGradient<T> gradient(line, total, sum + F::kVectors * width_);
-      finish_line<F>(gradient, sum, given, width_);
-      for (int k = 0; k < F::kVectors; ++k) {
-        if (s_.d_vectors[k] == nullptr) continue;
-        scatter(sum + k * width_, static_cast<Stored*>(s_.d_vectors[k]) + n * s_.dims, s_.dims);
-      }
-      for (int k = 0; k < F::kGiven; ++k) {
-        if (s_.d_given[k] == nullptr) continue;
-        store(static_cast<Stored*>(s_.d_given[k])[n], gradient.given[k]);
-      }
+      T* sum = d_table + n * stride_;
+      for (int64_t p = 1; p < chunks(s_); ++p) add_to(sum + p * part, stride_, sum);
+      finish_one(n, sum);
     }
   }
 
@@ -410,8 +392,7 @@ class FlowTask {
     const int64_t steps = s_.steps, all = blocks(s_), parts = chunks(s_), tile = kRows * width_;
     const auto lanes = [](int64_t n) { return static_cast<size_t>(n / kLanes); };
     std::vector<Lanes<T>> states(lanes(steps * tile)), gradients(lanes(tile)),
-        measures(lanes(steps * kRows)), unused, folded(lanes(steps * stride_));
-    if (!kShared) unused.resize(lanes(kRows * apart()));
+        measures(lanes(steps * kRows)), folded(lanes((kShared ? 1 : kRows) * apart()));
     T* grad = gradients.data()->at;
     const auto line = [&](int64_t k) { return this->line<kShared>(k); };
     const auto at = [&](int64_t k) { return measures.data()->at + k * kRows; };
@@ -426,10 +407,9 @@ class FlowTask {
     const auto pull_back = inverse ? retreat<F, T, kShared, true, !F::kPullsOneWay>
                                    : retreat<F, T, kShared, true, false>;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      T* total = d_table + chunk * steps * stride_;
-      T* sums = folded.data()->at;
-      if (kShared) std::fill_n(total, steps * stride_, T(0));
-      if (kShared) std::fill_n(sums, steps * stride_, T(0));
+      T *total = kShared ? d_table + chunk * apart() : nullptr, *sums = folded.data()->at;
+      if (kShared) std::fill_n(total, apart(), T(0));
+      if (kShared) std::fill_n(sums, apart(), T(0));
       const int64_t first = chunk * all / parts, last = (chunk + 1) * all / parts;
       for (int64_t block = first; block < last; ++block) {
         start(block);
@@ -451,10 +431,6 @@ class FlowTask {
           read_numbers<kShared>(k);
           take_back(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope, d_numbers_);
           T* d_line = sums + step(k) * stride_;
-          if constexpr (!kShared) {  // a block that is not full has nowhere to put its padding's
-            T* own = count_ < kRows ? unused.data()->at : d_table + first_ * steps * stride_;
-            d_line = own + step(k) * stride_;
-          }
           const int64_t before = std::max<int64_t>(k - 1, 0);  // of the first step nobody asks
           pull_back(grad, z(k), z(before), width_, line(k), line(before), shift, slope, weighed,
                     d_line);
@@ -465,13 +441,15 @@ class FlowTask {
             }
           }
         }
-        if (!kShared && count_ < kRows) {
-          std::copy_n(unused.data()->at, count_ * apart(), d_table + first_ * apart());
+        if (!kShared) {
+          for (int64_t n = 0; n < count_ * steps; ++n) {
+            finish_one(first_ * steps + n, sums + n * stride_);
+          }
         }
         if (s_.d_z != nullptr) write_rows(grad, s_.d_z);
         if (kShared && ((block - first) % kFold == kFold - 1 || block + 1 == last)) {
-          add_to(sums, steps * stride_, total);
-          std::fill_n(sums, steps * stride_, T(0));
+          add_to(sums, apart(), total);
+          std::fill_n(sums, apart(), T(0));
         }
       }
     }
@@ -482,30 +460,26 @@ class FlowTask {
   void start(int64_t block) {
     first_ = block * kRows;
     count_ = static_cast<int>(std::min<int64_t>(kRows, s_.rows - first_));
+    if (s_.shared) return;
+    lines_.resize(static_cast<size_t>(kRows * apart() / kLanes));
+    T* own = lines_.data()->at;
+    for (int64_t n = 0; n < count_ * s_.steps; ++n) {
+      constrain_to(first_ * s_.steps + n, own + n * stride_);
+    }
+    for (int r = count_; r < kRows; ++r) {  // the padding repeats the last row
+      std::copy_n(own + (count_ - 1) * apart(), apart(), own + r * apart());
+    }
   }
   T dims() const { return static_cast<T>(s_.dims); }
 
   // The k-th step of a walk.
   int64_t step(int64_t k) const { return s_.inverse ? s_.steps - 1 - k : k; }
 
-  // Its lines of the block. Rows of a full block have them in the table; else the padding
-  // repeats the last row's, and they are gathered.
   template <bool kShared>
-  LineOf<T, kShared> line(int64_t k) {
-    const int64_t at = step(k) * stride_;
-    if (kShared) return {table_ + at, 0};
-    if (count_ == kRows) return {table_ + first_ * apart() + at, apart()};
-    if (gathered_ != first_) gather_lines();
-    return {lines_.data()->at + at, apart()};
+  LineOf<T, kShared> line(int64_t k) const {
+    return {(kShared ? table_ : lines_.data()->at) + step(k) * stride_, apart()};
   }
   int64_t apart() const { return s_.steps * stride_; }
-  void gather_lines() {
-    lines_.resize(static_cast<size_t>(kRows * apart() / kLanes));
-    for (int r = 0; r < kRows; ++r) {
-      std::copy_n(table_ + row(r) * apart(), apart(), lines_.data()->at + r * apart());
-    }
-    gathered_ = first_;
-  }
   int64_t row(int r) const { return first_ + std::min(r, count_ - 1); }
   template <bool kShared>
   void read_numbers(int64_t k) {
@@ -516,6 +490,28 @@ class FlowTask {
     }
   }
 
+  void constrain_to(int64_t n, T* to) const {
+    const typename F::template Line<T> line = read_line(n, to);
+    constrain_line<F>(line, to, width_);
+    std::copy_n(line.numbers, 2, to + F::kVectors * width_);
+  }
+  // Of the gradient of a line makes that of the line as it was given.
+  void finish_one(int64_t n, T* gradient) {
+    given_.resize(static_cast<size_t>(stride_ / kLanes));
+    T* given = given_.data()->at;
+    const typename F::template Line<T> line = read_line(n, given);
+    const T total = sum_line_gradient<F>(gradient, given, width_);
+    const typename F::template LineGradient<T> way(line, total, gradient + F::kVectors * width_);
+    finish_line<F>(way, gradient, given, width_);
+    for (int k = 0; k < F::kVectors; ++k) {
+      if (s_.d_vectors[k] == nullptr) continue;
+      scatter(gradient + k * width_, static_cast<Stored*>(s_.d_vectors[k]) + n * s_.dims, s_.dims);
+    }
+    for (int k = 0; k < F::kGiven; ++k) {
+      if (s_.d_given[k] == nullptr) continue;
+      store(static_cast<Stored*>(s_.d_given[k])[n], way.given[k]);
+    }
+  }
   // A line as it was given, its vectors to `to`.
   typename F::template Line<T> read_line(int64_t n, T* to) const {
     for (int i = 0; i < F::kVectors; ++i) read(s_.vectors[i], n, to + i * width_);
@@ -549,9 +545,9 @@ class FlowTask {
   const FlowSweep& s_;
   T* const table_;
   const int64_t width_, stride_;
-  int64_t first_ = 0, gathered_ = -1;
+  int64_t first_ = 0;
   int count_ = 0;
-  std::vector<Lanes<T>> lines_;
+  std::vector<Lanes<T>> lines_, given_;  // a block's own, constrained; and one as it was given
   alignas(64) T numbers_[2][kRows], d_numbers_[2][kRows];
 };
 
