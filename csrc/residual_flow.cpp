@@ -1,7 +1,6 @@
 // Residual flows as torch ops. The formulas are in residual_flow.h, the engine in steps.h.
 #include "residual_flow.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -49,18 +48,8 @@ class FlowOp {
                         F::kArguments[1], is_vector ? "" : " without its last dimension", ", got ",
                         sizes, " and ", given);
     }
-    rows_.assign(z.begin(), z.end() - 1);
+    rows_ = broadcast_rows(F::kName, first, {F::kArguments[1], inputs[1]}, lines_);
     shared_ = lines_.size() == 1;
-    if (!shared_) {
-      const c10::SymIntArrayRef leading(lines_.data(), lines_.size() - 1);
-      try {
-        rows_ = at::infer_size_symdimvector(rows_, leading);
-      } catch (const c10::Error&) {
-        TORCH_CHECK_VALUE(false, "fastvae::", F::kName, ": ", F::kArguments[1],
-                          " must broadcast with z in its leading dimensions, got ", given, " and ",
-                          z);
-      }
-    }
     c10::SymDimVector shape = rows_;
     shape.push_back(z.back());
     inputs_[0] = inputs[0].expand_symint(shape);

@@ -113,14 +113,17 @@ struct Planar {
     T log_det;
     T shift, slope, excess, inverse_gain;
 
-    FASTVAE_HD Step(T argument, const T* numbers, T) {
+    FASTVAE_HD Step(T argument, const T* numbers, T)
+        : Step(argument, numbers[1], numbers[1] - T(1)) {}
+    // Of 1 + w.v and w.v, either of which may have lost the other's digits.
+    FASTVAE_HD Step(T argument, T gain, T w_v) {
       const math::Tanh<T> h = math::tanh(argument);
       shift = there = h.value;
       back = -shift;
       slope = h.slope;
-      excess = numbers[1] - T(1);
+      excess = w_v;
       const T f = slope * excess;
-      const Stretch<T> along(f, shift * shift + slope * numbers[1]);
+      const Stretch<T> along(f, shift * shift + slope * gain);
       log_det = along.log;
       inverse_gain = T(1) / along.gain;
     }
@@ -352,6 +355,53 @@ struct FlowSweep {
   void *d_vectors[2] = {}, *d_given[2] = {};  // null: not wanted
 
   int64_t line_count() const { return shared ? steps : rows * steps; }
+};
+
+// Sylvester flows (van den Berg et al. 2018) are planar steps of rank M at once:
+//
+//   z' = z + Q R tanh(S Q^T z + b),   log|det| = sum_i log(1 + h'_i r_ii s_ii)
+//
+// with Q^T Q = 1, and R and S upper triangles. To the engines (products.h, sylvester.cu) a line is
+// in = Q S^T and out = Q R, both [dims, rank], in which nothing of the triangles is left; b; and
+// w_v = r_ii s_ii, with gain = 1 + w_v. An element of h is a planar step's, with these.
+//
+// A line holds in, its transpose, out, its transpose, b, gain, w_v; a gradient in, out, b, gain.
+// The last dimension of each is padded with zeros to whole lanes: dims to width, rank to
+// rank_width.
+//
+// The tanh of the diagonals of R and S as given keeps their product above -1, whatever they are.
+struct SylvesterDiagonal {
+  struct Forward : Formula<Shape{.inputs = 2, .outputs = 4}> {  // both tanh, w_v and the gain
+    template <class T>
+    static FASTVAE_HD Values<T, 4> eval(T r, T s) {
+      const math::Tanh<T> a = math::tanh(r), b = math::tanh(s);
+      const T product = a.value * b.value;
+      // Where 1 + x y cancels it is 1 - (1 - u) (1 - v).
+      const T u = a.slope / (T(1) + math::abs(a.value)), v = b.slope / (T(1) + math::abs(b.value));
+      const T small = math::max(math::Real<T>::kTiny, u + v - u * v);
+      return {{a.value, b.value, product, product > T(-0.5) ? T(1) + product : small}};
+    }
+  };
+  struct Backward : Formula<Shape{.inputs = 5, .outputs = 2}> {
+    template <class T>
+    static FASTVAE_HD Values<T, 2> eval(T r, T s, T d_r, T d_s, T d_gain) {
+      const math::Tanh<T> a = math::tanh(r), b = math::tanh(s);
+      return {{(d_r + d_gain * b.value) * a.slope, (d_s + d_gain * a.value) * b.slope}};
+    }
+  };
+};
+
+struct SylvesterSweep {
+  bool in_double = false;  // all is float, or double
+  int64_t rows = 0, dims = 0, width = 0, rank = 0, rank_width = 0, steps = 0;
+  bool shared = true;
+  const void* z = nullptr;  // [rows, dims]
+  const void* lines = nullptr;
+  int64_t stride = 0, d_stride = 0;  // from line to line, and of gradients
+  void *out = nullptr, *log_det = nullptr;
+
+  const void *grad_out = nullptr, *grad_log_det = nullptr;  // null: zero
+  void *d_z = nullptr, *d_lines = nullptr;  // the first null: not wanted; the second zero at first
 };
 
 }  // namespace fastvae

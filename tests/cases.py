@@ -1001,7 +1001,79 @@ def _flow(
     )
 
 
+def _rank(sizes: Shape) -> int:
+    return min(16, sizes[-2], max(1, sizes[-2] // 4))
+
+
+def _orthonormal(shape: Shape, g: torch.Generator) -> Tensor:
+    return fastvae.householder_columns(standard_normal(shape, g)).contiguous()
+
+
+def _eager_sylvester_flow(
+    z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    d1, d2 = (torch.tanh(t.diagonal(dim1=-2, dim2=-1)) for t in (r, s))
+    r, s = r.triu(1) + torch.diag_embed(d1), s.triu(1) + torch.diag_embed(d2)
+    log_det = z.new_zeros(z.shape[:-1])
+    own = q.dim() > 3
+
+    def times(x: Tensor, matrix: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) @ matrix).squeeze(-2) if own else x @ matrix
+
+    for k in range(q.shape[-3]):
+        q_k = q[..., k, :, :]
+        h = torch.tanh(times(times(z, q_k), s[..., k, :, :].mT) + b[..., k, :])
+        z = z + times(times(h, r[..., k, :, :].mT), q_k.mT)
+        log_det = log_det + torch.log(1 + (1 - h * h) * (d1 * d2)[..., k, :]).sum(-1)
+    return z, log_det
+
+
+def _sylvester(own_lines: bool = False) -> Case:
+    """At sizes ``[..., D, K]``."""
+
+    def line(s: Shape) -> Shape:
+        return (*(s[:-2] if own_lines else ()), s[-1])
+
+    def triangle(shape: Shape, g: torch.Generator) -> Tensor:
+        """Steps of about half the size of z, as a stack that is trained has them at most."""
+        return 0.5 * standard_normal(shape, g) / math.sqrt(max(1, shape[-1]))
+
+    def elements(s: Shape) -> int:
+        m = _rank(s)
+        return math.prod(s[:-1]) + math.prod(line(s)) * (s[-2] * m + 2 * m * m + m)
+
+    def own(name: str, draw: Draw, shape: Callable[[Shape], Shape]) -> Input:
+        return Input(name, draw, shape=lambda s: (*line(s), *shape(s)), has_rows=own_lines)
+
+    return Case(
+        op="sylvester_flow",
+        variant="amortised" if own_lines else "",
+        inputs=(
+            Input("z", shape=lambda s: s[:-1]),
+            own("q", _orthonormal, lambda s: (s[-2], _rank(s))),
+            own("r", triangle, lambda s: (_rank(s), _rank(s))),
+            own("s", triangle, lambda s: (_rank(s), _rank(s))),
+            own("b", standard_normal, lambda s: (_rank(s),)),
+        ),
+        outputs=("element", "row"),
+        eager=_eager_sylvester_flow,
+        distributions=None,
+        bench=() if own_lines else ((512, 64, 8),),
+        bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
+        bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
+        sizes=lambda shape: (*shape, 3),
+        no_broadcast=OWN_SHAPES,
+        mixes="a step depends on all columns",
+        quadratic="a step has D x M and M x M matrices",
+        copies="rows and lines are made contiguous",
+        wired_as="sylvester_flow" if own_lines else "",
+        rtol=_OF_STEPS,
+    )
+
+
 FLOWS = (
+    _sylvester(),
+    _sylvester(own_lines=True),
     _flow("planar_flow", _eager_planar_flow),
     _flow("planar_flow", _eager_planar_flow, own_lines=True),
     _flow("radial_flow", _eager_radial_flow),

@@ -358,6 +358,140 @@ def test_third_derivatives_of_an_inverse() -> None:
     torch.testing.assert_close(third, slope, rtol=1e-6, atol=1e-6)
 
 
+# --- Sylvester ------------------------------------------------------------------------------------
+
+
+def sylvester(
+    lead: tuple[int, ...], dims: int, rank: int, dtype=torch.float64, scale: float = 1.0
+) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(dims)
+    shapes = [(dims, rank), (rank, rank), (rank, rank), (rank,)]
+    q, *rest = (torch.randn(*lead, *x, generator=g, dtype=torch.float64) for x in shapes)
+    return [x.to(dtype) for x in (fastvae.householder_columns(q), *(scale * x for x in rest))]
+
+
+@pytest.mark.parametrize(("dims", "rank"), [(1, 1), (3, 3), (7, 2), (20, 17), (5, 0)])
+def test_sylvester_log_det_is_that_of_the_jacobian(dims: int, rank: int) -> None:
+    given, z = sylvester((4,), dims, rank), rows(5, dims)
+    _, log_det = fastvae.sylvester_flow(z, *given)
+
+    def jacobian(x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.functional.jacobian(lambda x: fastvae.sylvester_flow(x, *given)[0], x)
+
+    jacobians = torch.stack([jacobian(x) for x in z])
+    assert (log_det - torch.linalg.slogdet(jacobians).logabsdet).abs().max() <= 1e-10
+
+
+def test_a_sylvester_step_of_rank_one_is_a_planar_step() -> None:
+    q, r, s, b = sylvester((3,), 4, 1)
+    z, log_det = fastvae.sylvester_flow(rows(6, 4), q, r, s, b)
+    product = (r.tanh() * s.tanh())[:, 0, 0]
+    w = s.tanh()[:, 0] * q[..., 0]
+    dot = torch.log(torch.expm1(1 + product))  # whose softplus is 1 + it
+    expected = fastvae.planar_flow(
+        rows(6, 4), (dot / w.square().sum(-1)).unsqueeze(-1) * w, w, b[:, 0]
+    )
+    torch.testing.assert_close(z, expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(log_det, expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lead", [(3,), (40, 3)], ids=["shared", "own"])
+@pytest.mark.parametrize(("dims", "rank"), [(17, 16), (40, 33), (64, 16)])
+def test_sylvester_op_and_twin_agree(lead, dims: int, rank: int, dtype: torch.dtype) -> None:
+    inputs = [rows(40, dims), *sylvester(lead, dims, rank, scale=0.3)]
+    exact = [x.requires_grad_() for x in inputs]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    results = []
+    for function, arguments in (
+        (fastvae.sylvester_flow, inputs),
+        (reference.sylvester_flow, exact),
+    ):
+        z, log_det = function(*arguments)
+        loss = (z * rows(40, dims)).sum() + (log_det * rows(40)).sum()
+        results.append((z, log_det, *torch.autograd.grad(loss, arguments)))
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+def test_sylvester_lines_broadcast_with_rows() -> None:
+    """Samples may share the lines of their datapoint; what was shared sums its gradient."""
+    for z_rows, lead in (((4, 5), (5,)), ((4, 1), (5,)), ((4, 5), (4, 1)), ((), (3,))):
+        given = sylvester((*lead, 2), 5, 2)
+        inputs = [x.requires_grad_() for x in (rows(*z_rows, 5), *given)]
+        shape = torch.broadcast_shapes(z_rows, lead)
+        full = [inputs[0].expand(*shape, 5)]
+        full += [p.expand(*shape, *p.shape[len(lead) :]).contiguous() for p in inputs[1:]]
+        gradients = []
+        for arguments in (inputs, full):
+            z, log_det = fastvae.sylvester_flow(*arguments)
+            assert z.shape[:-1] == log_det.shape == shape
+            loss = (z.sum(-1) * rows(*shape) + log_det.square()).sum()
+            gradients.append(torch.autograd.grad(loss, inputs))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1.0, 10.0, 30.0, 1e4])
+def test_sylvester_steps_are_invertible_whatever_the_diagonals(size, dtype: torch.dtype) -> None:
+    """Each product of two may come as close to -1 as the type knows, and all stays finite."""
+    q, _, _, b = sylvester((2,), 4, 3, dtype)
+    inputs = [rows(30, 4, dtype=dtype), q, size * torch.eye(3, dtype=dtype).expand(2, 3, 3)]
+    inputs += [-inputs[2], torch.zeros_like(b)]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    z, log_det = fastvae.sylvester_flow(*inputs)
+    assert z.isfinite().all()
+    assert log_det.isfinite().all()
+    for gradient in torch.autograd.grad(z.sum() + log_det.sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+def test_many_rows_of_a_sylvester_flow_and_their_split() -> None:
+    given = [p.requires_grad_() for p in sylvester((3,), 5, 2)]
+    z = rows(5000, 5)
+    outputs = fastvae.sylvester_flow(z, *given)
+    gradients = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), given)
+    parts = [fastvae.sylvester_flow(x, *given) for x in z.split([1, 1999, 3000])]
+    for a, b in zip(outputs, zip(*parts, strict=True), strict=True):
+        assert torch.equal(a, torch.cat(b))
+    total = sum(z.sum() + log_det.sum() for z, log_det in parts)
+    for a, b in zip(gradients, torch.autograd.grad(total, given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_householder_columns_are_orthonormal_whatever_the_parameters(rank: int) -> None:
+    for size in (0.0, 1e-8, 1.0, 1e6):
+        x = (size * rows(3, 6, rank)).requires_grad_()
+        q = fastvae.householder_columns(x)
+        eye = torch.eye(rank, dtype=torch.float64)
+        torch.testing.assert_close(q.mT @ q, eye.expand(3, rank, rank), rtol=0, atol=1e-13)
+        (gradient,) = torch.autograd.grad((q * rows(3, 6, rank)).sum(), x)
+        assert gradient.isfinite().all()
+    x = rows(2, 4, min(rank, 3)).requires_grad_()
+    assert torch.autograd.gradcheck(fastvae.householder_columns, [x])
+
+
+def test_wrong_shapes_of_a_sylvester_flow_raise_and_name_the_argument() -> None:
+    z, (q, r, s, b) = rows(4, 5), sylvester((2,), 5, 3)
+
+    def fails(message: str, *arguments: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match=f"fastvae::sylvester_flow: {message}"):
+            fastvae.sylvester_flow(*arguments)
+
+    fails(r"q must be \[..., K, D, M\] for the D of z, got \[2, 3, 5\] and", z, q.mT, r, s, b)
+    fails(r"q must be \[..., K, D, M\] for the D of z, got \[5, 3\] and", z, q[0], r, s, b)
+    fails(r"q must have at least one step, got \[0, 5, 3\]", z, q[:0], r[:0], s[:0], b[:0])
+    fails(r"q must have no more columns than rows, got \[2, 5, 6\]", z, rows(2, 5, 6), r, s, b)
+    fails(r"r must be \[..., K, M, M\] for the q of .*, got \[2, 2, 3\] and", z, q, r[:, 1:], s, b)
+    fails(r"s must be \[..., K, M, M\] for the q of .*, got \[1, 3, 3\] and", z, q, r, s[:1], b)
+    fails(r"b must be \[..., K, M\] for the q of .*, got \[2, 2\] and", z, q, r, s, b[:, 1:])
+    own = sylvester((5, 2), 5, 3)
+    fails(r"q must broadcast with z in its leading dimensions, got \[5, 2, 5, 3\]", z, *own)
+
+
 # --- against normflows, with the same parameters --------------------------------------------------
 
 

@@ -427,6 +427,22 @@ FORMULAS = {
         gumbel_backward, 2, outputs=1, gumbel=True, parameter=COLDNESS
     ),
     **{formula: spec for name in SIGMA for formula, spec in with_scale(name).items()},
+    "SylvesterDiagonal.Forward": Formula(
+        lambda r, s: ([r.tanh(), s.tanh(), r.tanh() * s.tanh(), 1 + r.tanh() * s.tanh()], None),
+        2,
+        outputs=4,
+    ),
+    "SylvesterDiagonal.Backward": Formula(
+        lambda r, s, d_r, d_s, d_gain: (
+            [
+                (d_r + d_gain * s.tanh()) / r.cosh() ** 2,
+                (d_s + d_gain * r.tanh()) / s.cosh() ** 2,
+            ],
+            None,
+        ),
+        5,
+        outputs=2,
+    ),
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
     **row_sum("DiscretizedLogistic", logistic_bin, 3, parameter=255.0),
@@ -980,6 +996,24 @@ def radial_undone(y: torch.Tensor, c: torch.Tensor, al: torch.Tensor, be: torch.
     return [y, log_det]
 
 
+def run_flow(program: Path, name: str, sizes: tuple, first: bool, tensors: tuple, shapes: list):
+    """Of tensors of one dtype, sent one after the other, those of these shapes and dtypes."""
+    sizes = (*sizes, *(0,) * (10 - len(sizes)))  # outer..lend_partial_sums
+    options = (int(first), 1 if first else 2**31 - 1, -1, 0, 0, 0)
+    dtype = DTYPES.index(tensors[0].dtype)
+    header = struct.pack("<64s17qd", name.encode(), dtype, *sizes, *options, 0.0)
+    raw = [x.contiguous().view(torch.uint8).flatten().numpy().tobytes() for x in tensors]
+    done = subprocess.run([program], input=header + b"".join(raw), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[:4000]
+    answer, at, got = bytearray(done.stdout), 0, []
+    for shape, kind in shapes:
+        size = math.prod(shape) * kind.itemsize
+        got.append(torch.frombuffer(answer[at : at + size], dtype=kind).reshape(shape))
+        at += size
+    assert at == len(answer)
+    return got
+
+
 FLOWS = {
     "planar": planar_steps,
     "radial": radial_steps,
@@ -1021,30 +1055,11 @@ def test_flows(program: Path, flow: str, shared: bool, dtype: torch.dtype) -> No
         for first in (False, True):
             for wanted in (0, 1, 2, 3):
                 given = [x for k, x in enumerate(grads) if wanted >> k & 1]
-                header = struct.pack(
-                    "<64s17qd",
-                    name.encode(),
-                    DTYPES.index(dtype),
-                    *(rows, length, dims, int(shared), int(wanted > 0), int("undone" in flow), 0),
-                    *(wanted, 0, 0),
-                    *(int(first), 1 if first else 2**31 - 1, -1, 0),
-                    *(0, 0),
-                    0.0,
-                )
-                tensors = [x.contiguous().view(torch.uint8).flatten() for x in (*inputs, *given)]
-                data = header + b"".join(x.numpy().tobytes() for x in tensors)
-                done = subprocess.run([program], input=data, capture_output=True)
-                assert done.returncode == 0, done.stderr.decode()[:4000]
                 shapes = [(x.shape, dtype) for x in inputs]
                 if wanted == 0:
                     shapes = [(grads[0].shape, dtype), (grads[1].shape, wide)]
-                answer, at = bytearray(done.stdout), 0
-                got = []
-                for shape, kind in shapes:
-                    size = math.prod(shape) * kind.itemsize
-                    got.append(torch.frombuffer(answer[at : at + size], dtype=kind).reshape(shape))
-                    at += size
-                assert at == len(answer)
+                sizes = (rows, length, dims, int(shared), int(wanted > 0), int("undone" in flow))
+                got = run_flow(program, name, (*sizes, 0, wanted), first, (*inputs, *given), shapes)
                 label = (rows, length, dims, first, wanted)
                 if wanted == 0:
                     close(got, [x.detach() for x in outputs], label)
@@ -1054,6 +1069,65 @@ def test_flows(program: Path, flow: str, shared: bool, dtype: torch.dtype) -> No
                     of, exact, [x.double() for x in given], retain_graph=True
                 )
                 close(got, list(want), label)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_sylvester_flows(program: Path, shared: bool, dtype: torch.dtype) -> None:
+    """The kernels take lines as csrc/sylvester.cpp lays them out, padded with zeros."""
+    tolerance = 3e-5 if dtype == torch.float32 else 1e-12
+    for rows, length, dims, rank in ((1, 1, 1, 1), (7, 3, 5, 2), (9, 2, 40, 33), (300, 2, 3, 3)):
+        g = torch.Generator().manual_seed(dims)
+        lead = (length,) if shared else (rows, length)
+
+        def draw(*shape: int, g=g) -> torch.Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+        z, b, product = draw(rows, dims), draw(*lead, rank), torch.tanh(draw(*lead, rank))
+        inside, outside = (draw(*lead, dims, rank) / (dims * rank) ** 0.5 for _ in range(2))
+        exact = [x.double().requires_grad_() for x in (z, inside, outside, b, 1 + product)]
+        x, log_det = exact[0], torch.zeros(rows, dtype=torch.float64)
+        for k in range(length):
+            step = [p[k] if shared else p[:, k] for p in exact[1:]]
+            a = torch.einsum("rd,dm->rm" if shared else "rd,rdm->rm", x, step[0]) + step[2]
+            mix = "rm,dm->rd" if shared else "rm,rdm->rd"
+            log_det = log_det + torch.log(1 + (step[3] - 1) / a.cosh().square()).sum(-1)
+            x = x + torch.einsum(mix, a.tanh(), step[1])
+
+        def padded(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)).flatten(-2)
+
+        parts = [inside, inside.mT, outside, outside.mT, b.unsqueeze(-2)]
+        parts += [(1 + product).unsqueeze(-2), product.unsqueeze(-2)]
+        lines = torch.cat([padded(p) for p in parts], -1)
+        grads, width = [draw(rows, dims), draw(rows)], rank + -rank % 16
+        for first in (False, True):
+            for wanted in (0, 1, 2, 3):
+                given = [t for i, t in enumerate(grads) if wanted >> i & 1]
+                shapes = [(z.shape, dtype), ((rows,), dtype)]
+                if wanted:
+                    shapes[1] = ((*lead, 2 * (dims + 1) * width), dtype)
+                sizes = (rows, length, dims, int(shared), int(wanted > 0), 0, 0, wanted, 0, rank)
+                got = run_flow(program, "sylvester_flow", sizes, first, (z, lines, *given), shapes)
+                want = [x, log_det]
+                if wanted:
+                    of = [t for i, t in enumerate(want) if wanted >> i & 1]
+                    want = torch.autograd.grad(
+                        of,
+                        exact,
+                        [t.double() for t in given],
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                    ends = [dims * width, dims * width, width, width]
+                    got[1:] = [
+                        t.unflatten(-1, (-1, width))[..., :rank] for t in got[1].split(ends, dim=-1)
+                    ]
+                    got[3:] = [t.squeeze(-2) for t in got[3:]]
+                for t, e in zip(got, want, strict=True):
+                    scale = e.abs() + e.square().mean().sqrt() + 1e-3
+                    assert ((t.double() - e).abs() <= tolerance * scale).all()
 
 
 # ---- pixels -----------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ LOOPS = [
         for real in REALS
         for inverse in ("true", "false")
     ),
+    *(
+        f"{loop}<{real}>"
+        for loop in ("multiply", "bend_rows", "bend_again", "unbend_rows")
+        for real in REALS
+    ),
     "sum_line<fastvae::Planar, float>",
     "finish_line<fastvae::Planar, float>",
     *(f"weigh<float, (fastvae::Owner){owner}>" for owner in (0, 1)),

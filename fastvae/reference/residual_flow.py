@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from .gaussian import _compute
 
-__all__ = ["planar_flow", "radial_flow"]
+__all__ = ["planar_flow", "radial_flow", "sylvester_flow"]
 
 
 def planar_flow(
@@ -104,6 +106,34 @@ def _radius_before(after: Tensor, a: Tensor, g: Tensor) -> Tensor:
     outside = p > 0.0
     inner = 2.0 * a * after / torch.where(outside, 1.0, root - p)
     return torch.where(finite, torch.where(outside, 0.5 * (p + root), inner), after)
+
+
+def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    x, q, r, s, b = _compute(z, q, r, s, b)
+    tiny = torch.finfo(x.dtype).tiny
+    first, second = r.diagonal(dim1=-2, dim2=-1), s.diagonal(dim1=-2, dim2=-1)
+    product = torch.tanh(first) * torch.tanh(second)
+    # 1 + it, which may cancel: cosh(x + y) / (cosh x cosh y), by logarithms
+    log = _log_cosh(first + second) - _log_cosh(first) - _log_cosh(second) + math.log(2.0)
+    gain = torch.where(product > -0.5, 1.0 + product, log.exp()).clamp(min=tiny)
+    upper = [t.triu(1) + torch.diag_embed(t.diagonal(dim1=-2, dim2=-1).tanh()) for t in (r, s)]
+    inside, outside = q @ upper[1].mT, q @ upper[0]
+    x, log_det = _begin(x, b)
+    if x.shape[-1] == 0:
+        return x.to(z.dtype), log_det
+    for k in range(q.shape[-3]):
+        a = (x.unsqueeze(-2) @ inside[..., k, :, :]).squeeze(-2) + b[..., k, :]
+        h = torch.tanh(a)
+        x = x + (h.unsqueeze(-2) @ outside[..., k, :, :].mT).squeeze(-2)
+        slope = (1.0 - h) * (1.0 + h)
+        other = h * h + slope * gain[..., k, :]
+        log_det = log_det + _log_stretch(slope * product[..., k, :], other).sum(-1)
+    return x.to(z.dtype), log_det
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    """And the logarithm of 2."""
+    return x.abs() + torch.log1p(torch.exp(-2.0 * x.abs()))
 
 
 def _log_stretch(f: Tensor, other: Tensor) -> Tensor:
