@@ -26,10 +26,10 @@ namespace {
 
 using std::optional;
 
-// Products of n matrices, [n, I, J] and [n, J, N]. On a CPU torch's own depend in the last bits on
-// the threads there are, and on where in memory a matrix begins.
+// Products of n matrices, [n, I, J] and [n, J, N], into zeros, N padded to whole lanes. On a CPU
+// torch's own depend in the last bits on the threads there are, and on where a matrix begins.
 template <class T>
-void multiply_on_cpu(const Tensor& a, const Tensor& b, Tensor& out) {
+void multiply_on_cpu(const Tensor& a, const Tensor& b, const Tensor& out) {
   const T *a_data = a.const_data_ptr<T>(), *b_data = b.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
   const int64_t work = out.size(1) * out.size(2) * a.size(2);
@@ -41,17 +41,24 @@ void multiply_on_cpu(const Tensor& a, const Tensor& b, Tensor& out) {
   });
 }
 int64_t whole_lanes(int64_t n) { return (n + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes; }
-Tensor product_of(const Tensor& a, const Tensor& b) {
-  if (!a.is_cpu()) return at::bmm(a, b);
-  const int64_t n = b.size(2), width = whole_lanes(n);
-  Tensor columns = b, out = at::zeros({a.size(0), a.size(1), width}, a.options());
+void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const int64_t n = b.size(2), width = out.size(2);
+  if (!a.is_cpu()) {
+    out.narrow(2, 0, n).copy_(at::bmm(a, b));
+    return;
+  }
+  Tensor columns = b;
   if (n != width || b.stride(2) != 1 || b.stride(1) != n) {
     columns = at::zeros({b.size(0), b.size(1), width}, b.options());
     columns.narrow(2, 0, n).copy_(b);
   }
   a.scalar_type() == at::kDouble ? multiply_on_cpu<double>(a, columns, out)
                                  : multiply_on_cpu<float>(a, columns, out);
-  return out.narrow(2, 0, n);
+}
+Tensor product_of(const Tensor& a, const Tensor& b) {
+  const Tensor out = at::zeros({a.size(0), a.size(1), whole_lanes(b.size(2))}, a.options());
+  multiply_into(out, a, b);
+  return out.narrow(2, 0, b.size(2));
 }
 
 // Upper triangles as the steps have them: R and S of each of n lines, [n, M, M].
@@ -218,19 +225,19 @@ class SylvesterOp {
     s_.d_stride = 2 * (tall + s_.rank_width);
     Tensor table = at::zeros({n, s_.stride}, z_.options());
     int64_t at = 0;
-    const auto part = [&](int64_t rows, int64_t columns, int64_t width) {
-      const Tensor x = table.as_strided({n, rows, columns}, {s_.stride, width, 1}, at);
+    const auto part = [&](int64_t rows, int64_t width) {
+      const Tensor x = table.as_strided({n, rows, width}, {s_.stride, width, 1}, at);
       at += rows * width;
       return x;
     };
     const Tensor r = triangles_->full[0], s = triangles_->full[1], q_t = q_.mT();
-    part(s_.dims, s_.rank, s_.rank_width).copy_(product_of(q_, s.mT()));
-    part(s_.rank, s_.dims, s_.width).copy_(product_of(s, q_t));
-    part(s_.dims, s_.rank, s_.rank_width).copy_(product_of(q_, r));
-    part(s_.rank, s_.dims, s_.width).copy_(product_of(r.mT(), q_t));
-    part(1, s_.rank, s_.rank_width).copy_(wide(4).flatten(0, -2).unsqueeze(1));
-    part(1, s_.rank, s_.rank_width).copy_(triangles_->gain.unsqueeze(1));
-    part(1, s_.rank, s_.rank_width).copy_(triangles_->product.unsqueeze(1));
+    multiply_into(part(s_.dims, s_.rank_width), q_, s.mT());
+    multiply_into(part(s_.rank, s_.width), s, q_t);
+    multiply_into(part(s_.dims, s_.rank_width), q_, r);
+    multiply_into(part(s_.rank, s_.width), r.mT(), q_t);
+    for (const Tensor& numbers : {wide(4).flatten(0, -2), triangles_->gain, triangles_->product}) {
+      part(1, s_.rank_width).narrow(2, 0, s_.rank).copy_(numbers.unsqueeze(1));
+    }
     if (!s_.shared) {
       c10::SymDimVector one = lines_, all = rows_;
       one.push_back(s_.stride);
