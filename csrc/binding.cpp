@@ -63,6 +63,18 @@ void check_row_values(const char* op, const Argument& values, c10::SymIntArrayRe
               " must be on the device of the inputs, got ", x.device(), " and ", input.device());
 }
 
+c10::SymDimVector broadcast_rows(const char* op, const Argument& z, const Argument& line,
+                                 c10::SymIntArrayRef lines) {
+  const auto sizes = z.tensor.sym_sizes();
+  c10::SymDimVector rows(sizes.begin(), sizes.end() - 1);
+  try {
+    return at::infer_size_symdimvector(rows, lines.slice(0, lines.size() - 1));
+  } catch (const c10::Error&) {
+    TORCH_CHECK_VALUE(false, "fastvae::", op, ": ", line.name, " must broadcast with ", z.name,
+                      " in its leading dimensions, got ", line.tensor.sym_sizes(), " and ", sizes);
+  }
+}
+
 RowOp::RowOp(const char* name, std::initializer_list<Argument> inputs)
     : name_(name), first_name_(inputs.begin()->name) {
   for (const Argument& argument : inputs) input(argument.name, argument.tensor);

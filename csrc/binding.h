@@ -46,6 +46,10 @@ void check_input(const char* op, const Argument& argument, const Argument& first
 // Throws unless the values, such as the gradient of a row sum, are one for each row of the inputs.
 void check_row_values(const char* op, const Argument& values, c10::SymIntArrayRef rows,
                       const Tensor& input);
+// The rows that z, and what has a line for each of `lines`, [.., K], broadcast to: of lines that
+// are [K] all rows share them.
+c10::SymDimVector broadcast_rows(const char* op, const Argument& z, const Argument& line,
+                                 c10::SymIntArrayRef lines);
 // What a row sum of the input comes in: half types sum in, and return, float32.
 at::TensorOptions row_options(const Tensor& input);
 DType dtype_of(const Tensor& x);

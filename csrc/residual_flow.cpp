@@ -1,7 +1,6 @@
 // Residual flows as torch ops. The formulas are in residual_flow.h, the engine in steps.h.
 #include "residual_flow.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -29,7 +28,7 @@ class FlowOp {
   static constexpr int kInputs = F::kInputs;
   using Inputs = std::array<Tensor, kInputs>;
 
-  explicit FlowOp(const Inputs& inputs) {
+  FlowOp(const Inputs& inputs, bool inverse) : inverse_(inverse) {
     const Argument first{"z", inputs[0]};
     check_input(F::kName, first, first);
     for (int i = 1; i < kInputs; ++i) check_input(F::kName, {F::kArguments[i], inputs[i]}, first);
@@ -49,18 +48,8 @@ class FlowOp {
                         F::kArguments[1], is_vector ? "" : " without its last dimension", ", got ",
                         sizes, " and ", given);
     }
-    rows_.assign(z.begin(), z.end() - 1);
+    rows_ = broadcast_rows(F::kName, first, {F::kArguments[1], inputs[1]}, lines_);
     shared_ = lines_.size() == 1;
-    if (!shared_) {
-      const c10::SymIntArrayRef leading(lines_.data(), lines_.size() - 1);
-      try {
-        rows_ = at::infer_size_symdimvector(rows_, leading);
-      } catch (const c10::Error&) {
-        TORCH_CHECK_VALUE(false, "fastvae::", F::kName, ": ", F::kArguments[1],
-                          " must broadcast with z in its leading dimensions, got ", given, " and ",
-                          z);
-      }
-    }
     c10::SymDimVector shape = rows_;
     shape.push_back(z.back());
     inputs_[0] = inputs[0].expand_symint(shape);
@@ -122,6 +111,7 @@ class FlowOp {
     for (const c10::SymInt& size : rows_) s.rows *= size.expect_int();
     s.steps = lines_.back().expect_int();
     s.shared = shared_;
+    s.inverse = inverse_;
     s.z = inputs_[0].const_data_ptr();
     for (int i = 0; i < F::kVectors; ++i) s.vectors[i] = inputs_[1 + i].const_data_ptr();
     for (int i = 0; i < F::kGiven; ++i) s.given[i] = inputs_[1 + F::kVectors + i].const_data_ptr();
@@ -153,10 +143,13 @@ class FlowOp {
     const auto table_of = [&](int64_t lines) {
       return allocate({lines, Task::stride_of(s)}, at::dtype(c10::CppTypeToScalarType<T>::value));
     };
-    const Tensor tables = table_of(s.line_count());
+    const auto each_shared_line = [&](int64_t elements, const auto& work) {
+      if (s.shared) in_parallel(s.steps, elements, work);
+    };
+    const Tensor tables = table_of(s.shared ? s.steps : 0);
     T* table = tables.mutable_data_ptr<T>();
-    in_parallel(s.line_count(), 4 * s.dims,
-                [&](int64_t begin, int64_t end) { Task(s, table).constrain(begin, end); });
+    each_shared_line(4 * s.dims,
+                     [&](int64_t begin, int64_t end) { Task(s, table).constrain(begin, end); });
     const int64_t block = cpu::kRows * s.dims * s.steps;
     if (!backward) {
       in_parallel(Task::blocks(s), block,
@@ -164,17 +157,18 @@ class FlowOp {
       return;
     }
     const int64_t chunks = Task::chunks(s);
-    const Tensor d_tables = table_of(s.shared ? chunks * s.steps : s.line_count());
+    const Tensor d_tables = table_of(s.shared ? chunks * s.steps : 0);
     T* d_table = d_tables.mutable_data_ptr<T>();
     in_parallel(chunks, 4 * block * Task::blocks(s) / chunks,
                 [&](int64_t begin, int64_t end) { Task(s, table).backward(begin, end, d_table); });
-    in_parallel(s.line_count(), (4 + (s.shared ? chunks / 8 : 0)) * s.dims,
-                [&](int64_t begin, int64_t end) { Task(s, table).finish(begin, end, d_table); });
+    each_shared_line((4 + chunks / 8) * s.dims, [&](int64_t begin, int64_t end) {
+      Task(s, table).finish(begin, end, d_table);
+    });
   }
 
   Inputs inputs_;
   c10::SymDimVector rows_, lines_;  // leading dimensions, of z and what it broadcasts to; [.., K]
-  bool shared_;
+  bool shared_, inverse_;
 };
 
 template <class F, class Indices = std::make_index_sequence<F::kInputs>>
@@ -185,14 +179,14 @@ struct DefinedFlow<F, std::index_sequence<I...>> {
   using Each = Tensor;
   static constexpr const char* kName = F::kName;
 
-  static std::tuple<Tensor, Tensor> forward(const Each<I>&... inputs) {
-    return FlowOp<F>({inputs...}).forward();
+  static std::tuple<Tensor, Tensor> forward(const Each<I>&... inputs, bool inverse) {
+    return FlowOp<F>({inputs...}, inverse).forward();
   }
   static std::tuple<Each<I>...> backward(const optional<Tensor>& grad_z,
                                          const optional<Tensor>& grad_log_det,
-                                         const Each<I>&... inputs,
+                                         const Each<I>&... inputs, bool inverse,
                                          std::array<bool, sizeof...(I)> wanted) {
-    auto gradients = FlowOp<F>({inputs...}).backward(grad_z, grad_log_det, wanted);
+    auto gradients = FlowOp<F>({inputs...}, inverse).backward(grad_z, grad_log_det, wanted);
     return {std::move(gradients[I])...};
   }
 };
@@ -200,9 +194,10 @@ struct DefinedFlow<F, std::index_sequence<I...>> {
 template <class F>
 void define_flow(torch::Library& m) {
   const TensorsSchema<F> schema;
-  define<DefinedFlow<F>>(m, "(" + schema.inputs + ") -> (Tensor z, Tensor log_det)",
-                         "(Tensor? grad_z, Tensor? grad_log_det, " + schema.inputs + ", " +
-                             schema.wanted + ") -> (" + schema.gradients + ")");
+  define<DefinedFlow<F>>(
+      m, "(" + schema.inputs + ", bool inverse=False) -> (Tensor z, Tensor log_det)",
+      "(Tensor? grad_z, Tensor? grad_log_det, " + schema.inputs + ", bool inverse, " +
+          schema.wanted + ") -> (" + schema.gradients + ")");
 }
 
 }  // namespace

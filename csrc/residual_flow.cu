@@ -3,8 +3,8 @@
 // Lines are constrained first, into a table in lent memory, a warp to a line. A warp then walks all
 // K steps of its row: in one pass over the columns it moves the row and measures it for the next
 // step. Each lane reads no columns but those it wrote, so the row may lie in lent memory, which the
-// caches hold, whatever its length. Backward walks forward again and keeps the states of the rows
-// under way, [warps][K][D].
+// caches hold, whatever its length. Backward walks the steps again and keeps the states of the rows
+// under way, [warps][K][D]. The inverse walks the steps from the last to the first.
 //
 // The gradients of shared lines are summed over the rows of each warp, of which there are at most
 // kSumWarps, in that order, then over the warps: results are reproducible to the bit.
@@ -23,7 +23,7 @@ struct FlowPlan {
   FlowSweep s;
   int64_t stride, lines, warps;  // a line in the table; how many; warps at work
   double* sums;                  // of shared lines, of each warp
-  T *table, *states, *measured, *grads, *d_table;
+  T *table, *states, *arguments, *grads, *d_table;
   int64_t bytes;
 
   FlowPlan(const FlowSweep& sweep, bool backward, void* lent)
@@ -40,7 +40,7 @@ struct FlowPlan {
     lend(sums, backward && s.shared ? warps * s.steps * stride : 0);
     lend(table, lines * stride);
     lend(states, warps * s.dims * (backward ? s.steps : 1));
-    lend(measured, backward ? warps * s.steps : 0);
+    lend(arguments, backward ? warps * s.steps : 0);
     lend(grads, backward ? warps * s.dims : 0);
     lend(d_table, backward && !s.shared ? lines * stride : 0);
   }
@@ -110,17 +110,17 @@ __device__ __forceinline__ void read_vectors(const T* line, int64_t dims, int64_
   for (int i = 0; i < F::kVectors; ++i) v[i] = line[i * dims + c];
 }
 
-// The row, `z` of one step, moves along `line` to `to`; what `next` measures of it. Either may be
-// null.
+// The row, `z` of one step, moves along `line` to `to`, as `by` says; what `next` measures of it.
+// Either may be null.
 template <class F, class T>
-__device__ __forceinline__ T advance(const T* z, T* to, int64_t dims, const T* line, T shift,
+__device__ __forceinline__ T advance(const T* z, T* to, int64_t dims, const T* line, T by,
                                      const T* next) {
   double sum = 0;
   for (int64_t c = lane_of_warp(); c < dims; c += kWarp) {
     T x = z[c], v[F::kVectors];
     if (line != nullptr) {
       read_vectors<F>(line, dims, c, v);
-      x = F::move(x, shift, v);
+      x = F::move(x, by, v);
       to[c] = x;
     }
     if (next != nullptr) {
@@ -131,24 +131,49 @@ __device__ __forceinline__ T advance(const T* z, T* to, int64_t dims, const T* l
   return static_cast<T>(warp_sum(sum, kWarp));
 }
 
-template <class F, class T, class Stored>
+// A step of a row that has been measured, whose place its argument takes.
+template <class F, bool kInverse, class T>
+__device__ __forceinline__ typename F::template Step<T> step_of(T& measured, const T* numbers,
+                                                                T dims) {
+  measured = kInverse ? F::solve(measured, numbers) : F::argument(measured, numbers);
+  return {measured, numbers, dims};
+}
+
+// A row's lines, in the order of its walk.
+template <bool kInverse, class F, class T>
+struct Walk {
+  const T* first;
+  int64_t steps, stride;
+
+  __device__ __forceinline__ Walk(const FlowPlan<F, T>& plan, int64_t row)
+      : first(plan.table + (plan.s.shared ? 0 : row * plan.s.steps) * plan.stride),
+        steps(plan.s.steps),
+        stride(plan.stride) {}
+  __device__ __forceinline__ int64_t step(int64_t k) const { return kInverse ? steps - 1 - k : k; }
+  __device__ __forceinline__ const T* line(int64_t k) const { return first + step(k) * stride; }
+  __device__ __forceinline__ const T* next(int64_t k) const {  // of the last there is none
+    return k + 1 < steps ? line(k + 1) : nullptr;
+  }
+};
+
+template <class F, class T, class Stored, bool kInverse>
 __global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
     flow_forward_kernel(const FlowPlan<F, T> plan) {
   const FlowSweep& s = plan.s;
   for (int64_t row = warp_of_grid(); row < s.rows; row += warps_of_grid()) {
     T* z = plan.states + row % plan.warps * s.dims;
-    const T* line = plan.table + (s.shared ? 0 : row * s.steps) * plan.stride;
+    const Walk<kInverse, F, T> walk(plan, row);
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       z[c] = load(static_cast<const Stored*>(s.z)[row * s.dims + c]);
     }
     double log_det = 0;
-    T measured = advance<F, T>(z, z, s.dims, nullptr, T(0), line);
-    for (int64_t k = 0; k < s.steps; ++k, line += plan.stride) {
-      const typename F::template Step<T> step(measured, line + F::kVectors * s.dims,
-                                              static_cast<T>(s.dims));
-      log_det += step.log_det;
-      measured = advance<F, T>(z, z, s.dims, line, step.shift,
-                               k + 1 < s.steps ? line + plan.stride : nullptr);
+    T measured = advance<F, T>(z, z, s.dims, nullptr, T(0), walk.line(0));
+    for (int64_t k = 0; k < s.steps; ++k) {
+      const T* line = walk.line(k);
+      const auto step =
+          step_of<F, kInverse>(measured, line + F::kVectors * s.dims, static_cast<T>(s.dims));
+      log_det += kInverse ? -step.log_det : step.log_det;
+      measured = advance<F, T>(z, z, s.dims, line, kInverse ? step.back : step.there, walk.next(k));
     }
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       store(static_cast<Stored*>(s.out)[row * s.dims + c], z[c]);
@@ -158,13 +183,13 @@ __global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
 }
 
 // Rows warp, warp + plan.warps, ..., one after the other.
-template <class F, class T, class Stored>
+template <class F, class T, class Stored, bool kInverse>
 __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
   const FlowSweep& s = plan.s;
   const int64_t numbers = F::kVectors * s.dims;
   const T dims = static_cast<T>(s.dims);
   T *states = plan.states + warp * s.steps * s.dims, *grad = plan.grads + warp * s.dims;
-  T* measured = plan.measured + warp * s.steps;
+  T* arguments = plan.arguments + warp * s.steps;
   double* sums = plan.sums + warp * s.steps * plan.stride;
   if (s.shared) {  // each lane clears what it adds to: its columns, and of lanes 0 and 1 a number
     for (int64_t k = 0; k < s.steps; ++k) {
@@ -176,23 +201,24 @@ __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
     }
   }
   for (int64_t row = warp; row < s.rows; row += plan.warps) {
-    const T* first = plan.table + (s.shared ? 0 : row * s.steps) * plan.stride;
+    const Walk<kInverse, F, T> walk(plan, row);
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       states[c] = load(static_cast<const Stored*>(s.z)[row * s.dims + c]);
     }
-    // forward again, from state to state
-    T at = advance<F, T>(states, states, s.dims, nullptr, T(0), first);
+    // The steps again, from state to state; of the inverse, what is kept lies after each.
+    T at = advance<F, T>(states, states, s.dims, nullptr, T(0), walk.line(0));
     for (int64_t k = 0; k < s.steps; ++k) {
-      if (lane_of_warp() == 0) measured[k] = at;
-      if (k + 1 == s.steps) break;
-      const T *line = first + k * plan.stride, *z = states + k * s.dims;
-      const typename F::template Step<T> step(at, line + numbers, dims);
-      at =
-          advance<F, T>(z, states + (k + 1) * s.dims, s.dims, line, step.shift, line + plan.stride);
+      const T* line = walk.line(k);
+      const auto step = step_of<F, kInverse>(at, line + numbers, dims);
+      if (lane_of_warp() == 0) arguments[k] = at;
+      if (!kInverse && k + 1 == s.steps) break;
+      const T* from = states + (kInverse && k > 0 ? k - 1 : k) * s.dims;
+      at = advance<F, T>(from, states + (kInverse ? k : k + 1) * s.dims, s.dims, line,
+                         kInverse ? step.back : step.there, walk.next(k));
     }
-    __syncwarp();  // the other lanes read what lane 0 measured
+    __syncwarp();  // the other lanes read what lane 0 has kept
     // and back
-    const T *line = first + (s.steps - 1) * plan.stride, *z = states + (s.steps - 1) * s.dims;
+    const T *line = walk.line(s.steps - 1), *z = states + (s.steps - 1) * s.dims;
     double sum = 0;
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       T g = 0, v[F::kVectors];
@@ -207,27 +233,30 @@ __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
     const T grad_log_det =
         s.grad_log_det == nullptr ? T(0) : static_cast<const T*>(s.grad_log_det)[row];
     for (int64_t k = s.steps - 1; k >= 0; --k) {
-      line = first + k * plan.stride;
+      using Back = typename F::template Back<T>;
+      line = walk.line(k);
       z = states + k * s.dims;
-      const typename F::template Step<T> step(measured[k], line + numbers, dims);
-      const typename F::template Back<T> back(step, weighed, grad_log_det, line + numbers, dims);
+      const typename F::template Step<T> step(arguments[k], line + numbers, dims);
+      const Back back = kInverse ? Back::inverse(step, weighed, grad_log_det, line + numbers, dims)
+                                 : Back(step, weighed, grad_log_det, line + numbers, dims);
+      const int64_t n = walk.step(k);
       const auto put = [&](int64_t at, T value) {
         if (s.shared) {
-          sums[k * plan.stride + at] += value;
+          sums[n * plan.stride + at] += value;
         } else {
-          plan.d_table[(row * s.steps + k) * plan.stride + at] = value;
+          plan.d_table[(row * s.steps + n) * plan.stride + at] = value;
         }
       };
       sum = 0;
       for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
         T v[F::kVectors], d[F::kVectors];
         read_vectors<F>(line, s.dims, c, v);
-        const T g = F::pull(grad[c], z[c], back.shift, back.slope, v, d);
+        const T g = F::template pull<kInverse>(grad[c], z[c], back.shift, back.slope, v, d);
         grad[c] = g;
 #pragma unroll
         for (int i = 0; i < F::kVectors; ++i) put(i * s.dims + c, d[i]);
         if (k == 0) continue;
-        read_vectors<F>(line - plan.stride, s.dims, c, v);
+        read_vectors<F>(walk.line(k - 1), s.dims, c, v);
         sum += F::weigh(g, z[c - s.dims], v);
       }
       if (lane_of_warp() == 0) put(numbers, back.numbers[0]);
@@ -241,11 +270,11 @@ __device__ void walk_back(const FlowPlan<F, T>& plan, int64_t warp) {
   }
 }
 
-template <class F, class T, class Stored>
+template <class F, class T, class Stored, bool kInverse>
 __global__ void __launch_bounds__(kFlowBlock, kFlowBlocks)
     flow_backward_kernel(const FlowPlan<F, T> plan) {
   for (int64_t warp = warp_of_grid(); warp < plan.warps; warp += warps_of_grid()) {
-    walk_back<F, T, Stored>(plan, warp);
+    walk_back<F, T, Stored, kInverse>(plan, warp);
   }
 }
 
@@ -312,11 +341,13 @@ const char* run_flow(const FlowSweep& s, bool backward, void* lent, cudaStream_t
   const auto constrain = constrain_kernel<F, T, Stored>;
   FASTVAE_LAUNCH(constrain, blocks(plan.lines), kFlowBlock, stream, plan);
   if (!backward) {
-    const auto forward = flow_forward_kernel<F, T, Stored>;
+    const auto forward = s.inverse ? flow_forward_kernel<F, T, Stored, true>
+                                   : flow_forward_kernel<F, T, Stored, false>;
     FASTVAE_LAUNCH(forward, blocks(plan.warps), kFlowBlock, stream, plan);
     return launch_error();
   }
-  const auto kernel = flow_backward_kernel<F, T, Stored>;
+  const auto kernel = s.inverse ? flow_backward_kernel<F, T, Stored, true>
+                                : flow_backward_kernel<F, T, Stored, false>;
   FASTVAE_LAUNCH(kernel, blocks(plan.warps), kFlowBlock, stream, plan);
   const auto finish = finish_kernel<F, T, Stored>;
   FASTVAE_LAUNCH(finish, blocks(plan.lines), kFlowBlock, stream, plan);

@@ -10,8 +10,18 @@
 //   planar   v = u + (softplus(w.u) - 1 - w.u) w / |w|^2, so that w.v = softplus(w.u) - 1 > -1
 //   radial   a = softplus(alpha), g = softplus(beta): (g - a) > -a
 //
-// A flow says how to constrain a line; what it measures of a row before a step; how the step moves
-// an element; and the same backwards. Engines (steps.h, residual_flow.cu) sum what is measured.
+// A flow says how to constrain a line; what it measures of a row, for the step's argument; how the
+// step moves an element; and the same backwards. Engines (steps.h, residual_flow.cu) sum what is
+// measured.
+//
+// The inverse takes the steps back, the last one first. A flow solves for a step's argument from
+// what is measured after the step; all else follows from that number. With
+// x = f^-1(y), J = df/dx, and gradients g of x and m of the inverse's log-determinant, -log|det J|:
+//
+//   lambda = J^-T (g - m d log|det J| / dx)   is the gradient of y;
+//   that of the parameters is minus that of the forward step at x, given lambda and m.
+//
+// So its backward takes the steps forward again, with the formulas of the forward's backward.
 #pragma once
 
 #include "scale.h"
@@ -30,8 +40,8 @@ template <class T>
 struct Stretch {
   T gain, log;
   FASTVAE_HD Stretch(T f, T other) {
-    gain = f > T(-0.5) ? T(1) + f : math::max(math::Real<T>::kTiny, other);
-    log = gain <= math::largest<T>() && f == f ? math::log_near(gain, f) : gain + f;
+    gain = f > T(-0.5) ? T(1) + f : f == f ? math::max(math::Real<T>::kTiny, other) : f;
+    log = gain <= math::largest<T>() ? math::log_near(gain, f) : gain;
   }
 };
 
@@ -94,24 +104,70 @@ struct Planar {
     return v[1] * z;
   }
   template <class T>
+  static FASTVAE_HD T argument(T measured, const T* numbers) {
+    return measured + numbers[0];
+  }
+  template <class T>
   struct Step {
-    T shift, log_det;
-    T slope, excess, inverse_gain;
+    T there, back;  // what moves a row by the step, and takes it back
+    T log_det;
+    T shift, slope, excess, inverse_gain;
 
-    FASTVAE_HD Step(T measured, const T* numbers, T) {
-      const math::Tanh<T> h = math::tanh(measured + numbers[0]);
-      shift = h.value;
+    FASTVAE_HD Step(T argument, const T* numbers, T)
+        : Step(argument, numbers[1], numbers[1] - T(1)) {}
+    // Of 1 + w.v and w.v, either of which may have lost the other's digits.
+    FASTVAE_HD Step(T argument, T gain, T w_v) {
+      const math::Tanh<T> h = math::tanh(argument);
+      shift = there = h.value;
+      back = -shift;
       slope = h.slope;
-      excess = numbers[1] - T(1);
+      excess = w_v;
       const T f = slope * excess;
-      const Stretch<T> along(f, shift * shift + slope * numbers[1]);
+      const Stretch<T> along(f, shift * shift + slope * gain);
       log_det = along.log;
       inverse_gain = T(1) / along.gain;
     }
   };
   template <class T>
-  static FASTVAE_HD T move(T z, T shift, const T* v) {
-    return z + v[0] * shift;
+  static FASTVAE_HD T move(T z, T by, const T* v) {
+    return z + v[0] * by;
+  }
+
+  // The root of a + e tanh(a) = c, e > -1, c = w.y + b, which is odd in c and increasing. From the
+  // start below, iterations of Halley's leave 3e-2 of it, 5e-6, 5e-13: measured over all e and c,
+  // but for e > 1e7, where c has not the digits to know a.
+  template <class T>
+  static FASTVAE_HD T solve(T measured, const T* numbers) {
+    const T signed_c = argument(measured, numbers), c = math::abs(signed_c);
+    const T n = numbers[1], e = n - T(1);
+    T a = start<T>(c, e, n);
+    // It lies between the start and c: at a fold, where all is rounding, nothing else would hold.
+    const T low = T(0.99) * math::min(c, a), high = T(1.01) * math::max(c, a);
+    FASTVAE_UNROLL
+    for (int i = 0; i < (sizeof(T) > 4 ? 4 : 3); ++i) {
+      const math::Tanh<T> h = math::tanh(a);
+      const T f = h.slope * e, other = h.value * h.value + h.slope * n;
+      const T inverse = T(1) / (f > T(-0.5) ? T(1) + f : math::max(math::Real<T>::kTiny, other));
+      const T newton = ((a - c) + e * h.value) * inverse;
+      const T next = a - newton / math::max(T(0.5), T(1) + newton * (f * inverse) * h.value);
+      a = math::min(high, math::max(low, next));
+    }
+    a = c <= math::largest<T>() ? a : c;  // where all that tanh does is lost, and of NaN
+    return signed_c < T(0) ? -a : a;
+  }
+  // Of the bounds on the root one is near. Where e < 0 it lies below c - e, c / n and, as a -
+  // tanh(a) >= a^3 / 4.2 up to 1, below the root of -e a^3 / 4.2 = c. Where e > 0 it lies above c -
+  // e, c / n and atanh((c - u) / e) with any u above it, such as c, or max(0, c - e) + log(4e) / 2.
+  template <class T>
+  static FASTVAE_HD T start(T c, T e, T n) {
+    const T far = math::max(T(0.5), T(0.5) * math::log_normal(math::max(T(1), e) * T(4)));
+    const T s = math::min(e, math::max(T(0), e - c) + far);  // e + u - c
+    const T cube = T(4.2) * (c / math::max(T(0.5), -e));
+    const T log =
+        math::log_normal(math::max(math::Real<T>::kTiny, e < T(0) ? cube : (e - s + e) / s));
+    const T root = cube <= T(1) ? math::exp_weight(log * T(1.0 / 3)) : c - e;
+    const T below = math::max(T(0.5) * log, math::max(c / n, c - e));
+    return e < T(0) ? math::min(root, c / n) : below;
   }
 
   // ---- and backwards ----------------------------------------------------------------------------
@@ -131,13 +187,25 @@ struct Planar {
       numbers[0] = slope;
       numbers[1] = grad_f * s.slope;
     }
+    // Of the inverse, where `weighed` is of the gradient before the step.
+    static FASTVAE_HD Back inverse(const Step<T>& s, T weighed, T grad_log_det, const T* line,
+                                   T dims) {
+      Back b(s, weighed, grad_log_det, line, dims);
+      b.shift = -b.shift;
+      b.slope = b.numbers[0] = -b.slope * s.inverse_gain;
+      b.numbers[1] = -b.numbers[1];
+      return b;
+    }
   };
-  // The gradient of z, of z'; and of the vectors.
-  template <class T>
+  // The gradient of z, of z', or the other way round; and of the vectors. That of v is the gradient
+  // after the step times the shift.
+  static constexpr bool kPullsOneWay = false;
+  template <bool kInverse, class T>
   static FASTVAE_HD T pull(T grad, T z, T shift, T slope, const T* v, T* d) {
-    d[0] = shift * grad;
+    const T pulled = grad + slope * v[1];
+    d[0] = shift * (kInverse ? pulled : grad);
     d[1] = slope * z;
-    return grad + slope * v[1];
+    return pulled;
   }
 };
 
@@ -186,27 +254,46 @@ struct Radial {
     return (z - v[0]) * (z - v[0]);
   }
   template <class T>
+  static FASTVAE_HD T argument(T measured, const T*) {
+    return math::sqrt(measured);
+  }
+  template <class T>
   struct Step {
-    T shift, log_det;
-    T r, h, gain, f, gain_along;
+    T there, back, log_det;
+    T r, h, shift, gain, f, gain_along;
 
-    FASTVAE_HD Step(T measured, const T* numbers, T dims) {
+    FASTVAE_HD Step(T argument, const T* numbers, T dims) {
       const T a = numbers[0], g = numbers[1];
-      r = math::sqrt(measured);
+      r = argument;
       h = T(1) / (a + r);
       shift = (g - a) * h;
       f = shift * (a * h);
       const Stretch<T> across(shift, (r + g) * h);
       const Stretch<T> along(f, r * h * ((a + a + r) * h) + g * h * (a * h));
-      gain = across.gain;
+      gain = there = across.gain;
+      back = T(1) / gain;
       gain_along = along.gain;
       log_det = (dims - T(1)) * across.log + along.log;
     }
   };
+  // From the side on which less is lost; and the centre stays, though the stretch may be infinite.
   template <class T>
-  static FASTVAE_HD T move(T z, T shift, const T* v) {
+  static FASTVAE_HD T move(T z, T stretch, const T* v) {
     const T d = z - v[0];
-    return d == T(0) ? z : z + shift * d;  // the centre stays, though the shift may be infinite
+    const T moved = stretch > T(0.5) ? z + (stretch - T(1)) * d : v[0] + stretch * d;
+    return d == T(0) ? z : moved;
+  }
+
+  // The radius before the step, r (g + r) / (a + r) = R after it: r^2 + (g - R) r = a R.
+  template <class T>
+  static FASTVAE_HD T solve(T measured, const T* numbers) {
+    const T a = numbers[0], g = numbers[1], after = argument(measured, numbers), p = after - g;
+    // p^2 + 4 a R overflows where its root does not.
+    const T q = T(2) * math::sqrt(a) * math::sqrt(after), size = math::abs(p);
+    const T high = math::max(math::Real<T>::kTiny, math::max(q, size)), low = math::min(q, size);
+    const T ratio = low / high, sum = high * math::sqrt(T(1) + ratio * ratio) + size;
+    const T before = p > T(0) ? T(0.5) * sum : T(2) * a * (after / sum);
+    return after <= math::largest<T>() ? before : after;
   }
 
   template <class T>
@@ -231,8 +318,21 @@ struct Radial {
       numbers[0] = of_a;
       numbers[1] = of_g;
     }
+    // What lambda weighs is had of what g does by the step's stretch along the ray.
+    static FASTVAE_HD Back inverse(const Step<T>& s, T weighed, T grad_log_det, const T* line,
+                                   T dims) {
+      const T of_log_det =
+          (s.h * s.r) * (s.shift * (dims - T(1)) / s.gain + T(2) * s.f / s.gain_along);
+      const T after = (weighed + grad_log_det * of_log_det) / s.gain_along;
+      Back b(s, after, grad_log_det, line, dims);
+      b.shift = -b.shift * s.back;
+      b.slope = -b.slope * s.back;
+      for (int i = 0; i < 2; ++i) b.numbers[i] = -b.numbers[i];
+      return b;
+    }
   };
-  template <class T>
+  static constexpr bool kPullsOneWay = true;  // both ways are along the ray
+  template <bool, class T>
   static FASTVAE_HD T pull(T grad, T z, T shift, T slope, const T* v, T* d) {
     const T along = shift * grad + slope * (z - v[0]);
     d[0] = -along;
@@ -244,7 +344,7 @@ struct Radial {
 struct FlowSweep {
   DType dtype = DType::kFloat32;  // of all but log_det and its gradient: float, or double
   int64_t rows = 0, dims = 0, steps = 0;
-  bool shared = true;
+  bool shared = true, inverse = false;
   const void* z = nullptr;      // [rows, dims]; all is contiguous
   const void* vectors[2] = {};  // [lines, dims]
   const void* given[2] = {};    // [lines]
@@ -255,6 +355,53 @@ struct FlowSweep {
   void *d_vectors[2] = {}, *d_given[2] = {};  // null: not wanted
 
   int64_t line_count() const { return shared ? steps : rows * steps; }
+};
+
+// Sylvester flows (van den Berg et al. 2018) are planar steps of rank M at once:
+//
+//   z' = z + Q R tanh(S Q^T z + b),   log|det| = sum_i log(1 + h'_i r_ii s_ii)
+//
+// with Q^T Q = 1, and R and S upper triangles. To the engines (products.h, sylvester.cu) a line is
+// in = Q S^T and out = Q R, both [dims, rank], in which nothing of the triangles is left; b; and
+// w_v = r_ii s_ii, with gain = 1 + w_v. An element of h is a planar step's, with these.
+//
+// A line holds in, its transpose, out, its transpose, b, gain, w_v; a gradient in, out, b, gain.
+// The last dimension of each is padded with zeros to whole lanes: dims to width, rank to
+// rank_width.
+//
+// The tanh of the diagonals of R and S as given keeps their product above -1, whatever they are.
+struct SylvesterDiagonal {
+  struct Forward : Formula<Shape{.inputs = 2, .outputs = 4}> {  // both tanh, w_v and the gain
+    template <class T>
+    static FASTVAE_HD Values<T, 4> eval(T r, T s) {
+      const math::Tanh<T> a = math::tanh(r), b = math::tanh(s);
+      const T product = a.value * b.value;
+      // Where 1 + x y cancels it is 1 - (1 - u) (1 - v).
+      const T u = a.slope / (T(1) + math::abs(a.value)), v = b.slope / (T(1) + math::abs(b.value));
+      const T small = math::max(math::Real<T>::kTiny, u + v - u * v);
+      return {{a.value, b.value, product, product > T(-0.5) ? T(1) + product : small}};
+    }
+  };
+  struct Backward : Formula<Shape{.inputs = 5, .outputs = 2}> {
+    template <class T>
+    static FASTVAE_HD Values<T, 2> eval(T r, T s, T d_r, T d_s, T d_gain) {
+      const math::Tanh<T> a = math::tanh(r), b = math::tanh(s);
+      return {{(d_r + d_gain * b.value) * a.slope, (d_s + d_gain * a.value) * b.slope}};
+    }
+  };
+};
+
+struct SylvesterSweep {
+  bool in_double = false;  // all is float, or double
+  int64_t rows = 0, dims = 0, width = 0, rank = 0, rank_width = 0, steps = 0;
+  bool shared = true;
+  const void* z = nullptr;  // [rows, dims]
+  const void* lines = nullptr;
+  int64_t stride = 0, d_stride = 0;  // from line to line, and of gradients
+  void *out = nullptr, *log_det = nullptr;
+
+  const void *grad_out = nullptr, *grad_log_det = nullptr;  // null: zero
+  void *d_z = nullptr, *d_lines = nullptr;  // the first null: not wanted; the second zero at first
 };
 
 }  // namespace fastvae

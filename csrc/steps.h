@@ -1,11 +1,15 @@
 // The CPU engine of residual flows (residual_flow.h): all K steps of a block of rows, which stay in
 // the cache, columns in the lanes.
 //
-// Lines of parameters are constrained first, into a table. A pass over the rows moves them by one
-// step and measures them for the next at once; what is a matter of a row, its tanh or its
-// logarithm, is then done for all, a row in each lane. Backwards a pass takes the gradient
-// through one step and weighs it for the one before. Backward walks forward again and keeps the
-// states of its rows, [K][D], no more.
+// Lines of parameters are constrained first: those that all rows share into a table, a row's own
+// with those of its block, so that no more of them lie in memory than a thread works on. A pass
+// over the rows moves them by one step and measures them for the next at once; what is a matter of
+// a row, its tanh or its logarithm, is then done for all, a row in each lane. Backwards a pass
+// takes the gradient through one step and weighs it for the one before. Backward walks the steps
+// again and keeps the states of its rows, [K][D], no more.
+//
+// The inverse walks the steps from the last to the first, so that its backward walks from the first
+// to the last; it keeps what lies before each step too, which is where the walk comes to.
 //
 // Threads are the caller's business: each function works on [begin, end) of its units. Sums over
 // rows, which shared parameters want, are made of the sums of at most kMaxChunks runs of rows, in
@@ -28,9 +32,9 @@ inline constexpr int kGroup = 4;                       // of them at once
 // What is done with an element. Each is a function of numbers: variables of a loop over lanes whose
 // address is taken keep it from being vectorised. A flow of one vector has it twice.
 template <class F, class T>
-FASTVAE_HD T moved(T z, T shift, T v0, T v1) {
+FASTVAE_HD T moved(T z, T by, T v0, T v1) {
   const T v[] = {v0, v1};
-  return F::move(z, shift, v);
+  return F::move(z, by, v);
 }
 template <class F, class T>
 FASTVAE_HD T measure(T z, T v0, T v1) {
@@ -42,11 +46,11 @@ FASTVAE_HD T weigh(T grad, T z, T v0, T v1) {
   const T v[] = {v0, v1};
   return F::weigh(grad, z, v);
 }
-template <class F, class T>
+template <class F, bool kInverse, class T>
 FASTVAE_HD void pull(T& grad, T z, T shift, T slope, T v0, T v1, T& d0, T& d1) {
   const T v[] = {v0, v1};
   T d[] = {T(0), T(0)};
-  grad = F::pull(grad, z, shift, slope, v, d);
+  grad = F::template pull<kInverse>(grad, z, shift, slope, v, d);
   d0 = d[0];
   d1 = d[1];
 }
@@ -99,11 +103,11 @@ class RowSums {
   alignas(64) double total_[kRows];
 };
 
-// A block of rows of `width`, z, move by `shift` along `line`; what `next` measures of them then
-// goes to `measured`. Before the first step nothing moves.
+// A block of rows of `width`, z, move along `line`, each as its `by` says; what `next` measures of
+// them then goes to `measured`. Before the first step nothing moves.
 template <class F, class T, bool kShared, bool kMoves>
 FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared> line,
-                            LineOf<T, kShared> next, const T* shift, T* measured) {
+                            LineOf<T, kShared> next, const T* by_row, T* measured) {
   RowSums<T> totals(width);
   const int64_t second = (F::kVectors - 1) * width;
   for (int64_t first = 0; first < width; first += kSumColumns) {
@@ -111,7 +115,7 @@ FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared>
     for (int r = 0; r < kRows; r += kGroup) {
       const T* x = z + r * width;
       T *y = to + r * width, by[kGroup];
-      for (int j = 0; j < kGroup; ++j) by[j] = kMoves ? shift[r + j] : T(0);
+      for (int j = 0; j < kGroup; ++j) by[j] = kMoves ? by_row[r + j] : T(0);
       Lanes<T> sums[kGroup] = {};
       for (int64_t c = first; c < last; c += kLanes) {
         VectorLanes<T> v, n;
@@ -136,10 +140,10 @@ FASTVAE_CLONES void advance(const T* z, T* to, int64_t width, LineOf<T, kShared>
   totals.write(measured);
 }
 
-// The gradient goes back through a step from z along `line`; what the step before, from `z_before`
+// The gradient goes back through a step from z along `line`; what the one next, from `z_before`
 // along `before`, weighs of it goes to `weighed`. The gradient of the vectors of row r goes to
 // d_line, r line.apart further; or that of all rows is added to d_line, if they share it.
-template <class F, class T, bool kShared, bool kPulls>
+template <class F, class T, bool kShared, bool kPulls, bool kInverse>
 FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t width,
                             LineOf<T, kShared> line, LineOf<T, kShared> before, const T* shift,
                             const T* slope, T* weighed, T* d_line) {
@@ -170,7 +174,8 @@ FASTVAE_CLONES void retreat(T* grad, const T* z, const T* z_before, int64_t widt
           for (int l = 0; l < kLanes; ++l) {
             T grad_z = g[at + l], of0, of1;
             if (kPulls) {
-              pull<F>(grad_z, x[at + l], by[j], tilt[j], v.first.at[l], v.second.at[l], of0, of1);
+              pull<F, kInverse>(grad_z, x[at + l], by[j], tilt[j], v.first.at[l], v.second.at[l],
+                                of0, of1);
               g[at + l] = grad_z;
               if (kShared) {
                 d0.at[l] += of0;
@@ -270,44 +275,47 @@ FASTVAE_CLONES void add_to(const T* x, int64_t n, T* sum) {
   for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
 }
 
-// The step of each lane, and its way back.
-template <class F, class T>
-FASTVAE_HD void take_step(T measured, T n0, T n1, T dims, T& shift, T& log_det) {
+// The step of each lane, and its way back. Its argument takes the place of what was measured.
+template <class F, bool kInverse, class T>
+FASTVAE_HD void take_step(T& measured, T n0, T n1, T dims, T& by, T& log_det) {
   const T numbers[] = {n0, n1};
+  measured = kInverse ? F::solve(measured, numbers) : F::argument(measured, numbers);
   const typename F::template Step<T> step(measured, numbers, dims);
-  shift = step.shift;
-  log_det = step.log_det;
+  by = kInverse ? step.back : step.there;
+  log_det = kInverse ? -step.log_det : step.log_det;
 }
-template <class F, class T, bool kLogDet>
-FASTVAE_CLONES void take_steps(const T* measured, const T (*numbers)[kRows], T dims, T* shift,
+template <class F, class T, bool kInverse, bool kLogDet>
+FASTVAE_CLONES void take_steps(T* measured, const T (*numbers)[kRows], T dims, T* by,
                                double* total) {
   alignas(64) T log_det[kRows];
 #pragma omp simd
   for (int l = 0; l < kRows; ++l) {
-    take_step<F, T>(measured[l], numbers[0][l], numbers[1][l], dims, shift[l], log_det[l]);
+    take_step<F, kInverse>(measured[l], numbers[0][l], numbers[1][l], dims, by[l], log_det[l]);
   }
   for (int l = 0; kLogDet && l < kRows; ++l) total[l] += double(log_det[l]);
 }
 
-template <class F, class T>
-FASTVAE_HD void take_back(T measured, T n0, T n1, T dims, T weighed, T grad_log_det, T& shift,
+template <class F, bool kInverse, class T>
+FASTVAE_HD void take_back(T argument, T n0, T n1, T dims, T weighed, T grad_log_det, T& shift,
                           T& slope, T& d_n0, T& d_n1) {
+  using Back = typename F::template Back<T>;
   const T numbers[] = {n0, n1};
-  const typename F::template Step<T> step(measured, numbers, dims);
-  const typename F::template Back<T> back(step, weighed, grad_log_det, numbers, dims);
+  const typename F::template Step<T> step(argument, numbers, dims);
+  const Back back = kInverse ? Back::inverse(step, weighed, grad_log_det, numbers, dims)
+                             : Back(step, weighed, grad_log_det, numbers, dims);
   shift = back.shift;
   slope = back.slope;
   d_n0 = back.numbers[0];
   d_n1 = back.numbers[1];
 }
-template <class F, class T>
-FASTVAE_CLONES void take_steps_back(const T* measured, const T (*numbers)[kRows], T dims,
+template <class F, class T, bool kInverse>
+FASTVAE_CLONES void take_steps_back(const T* arguments, const T (*numbers)[kRows], T dims,
                                     const T* weighed, const T* grad_log_det, T* shift, T* slope,
                                     T (*d_numbers)[kRows]) {
 #pragma omp simd
   for (int l = 0; l < kRows; ++l) {
-    take_back<F, T>(measured[l], numbers[0][l], numbers[1][l], dims, weighed[l], grad_log_det[l],
-                    shift[l], slope[l], d_numbers[0][l], d_numbers[1][l]);
+    take_back<F, kInverse>(arguments[l], numbers[0][l], numbers[1][l], dims, weighed[l],
+                           grad_log_det[l], shift[l], slope[l], d_numbers[0][l], d_numbers[1][l]);
   }
 }
 
@@ -327,14 +335,9 @@ class FlowTask {
   FlowTask(const FlowSweep& s, T* table)
       : s_(s), table_(table), width_(width_of(s)), stride_(stride_of(s)) {}
 
-  // Lines begin..end of the table.
+  // Lines begin..end, which all rows share, to the table.
   void constrain(int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      T* to = table_ + n * stride_;
-      const typename F::template Line<T> line = read_line(n, to);
-      constrain_line<F>(line, to, width_);
-      std::copy_n(line.numbers, 2, to + F::kVectors * width_);
-    }
+    for (int64_t n = begin; n < end; ++n) constrain_to(n, table_ + n * stride_);
   }
 
   // Blocks begin..end.
@@ -342,33 +345,19 @@ class FlowTask {
     s_.shared ? forward_as<true>(begin, end) : forward_as<false>(begin, end);
   }
 
-  // Chunks begin..end of the blocks. The gradients of lines go to `d_table`, [chunks, K] of shared
-  // lines, or [rows, K].
+  // Chunks begin..end of the blocks. The gradients of lines that all rows share go to `d_table`,
+  // [chunks, K].
   void backward(int64_t begin, int64_t end, T* d_table) {
-    s_.shared ? backward_as<true>(begin, end, d_table) : backward_as<false>(begin, end, d_table);
+    s_.shared ? backward_as<true>(begin, end, d_table) : backward_as<false>(begin, end, nullptr);
   }
 
-  // The gradients of lines begin..end as they were given.
-  void finish(int64_t begin, int64_t end, const T* d_table) {
-    std::vector<Lanes<T>> tiles[2];
-    for (auto& tile : tiles) tile.resize(static_cast<size_t>(stride_ / kLanes));
-    T *sum = tiles[0].data()->at, *given = tiles[1].data()->at;
+  // Which are then finished, lines begin..end.
+  void finish(int64_t begin, int64_t end, T* d_table) {
+    const int64_t part = s_.steps * stride_;
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t parts = s_.shared ? chunks(s_) : 1, part = s_.steps * stride_;
-      std::copy_n(d_table + n * stride_, stride_, sum);
-      for (int64_t p = 1; p < parts; ++p) add_to(d_table + n * stride_ + p * part, stride_, sum);
-      const typename F::template Line<T> line = read_line(n, given);
-      const T total = sum_line_gradient<F>(sum, given, width_);
-      const typename F::template LineGradient<T> gradient(line, total, sum + F::kVectors * width_);
-      finish_line<F>(gradient, sum, given, width_);
-      for (int k = 0; k < F::kVectors; ++k) {
-        if (s_.d_vectors[k] == nullptr) continue;
-        scatter(sum + k * width_, static_cast<Stored*>(s_.d_vectors[k]) + n * s_.dims, s_.dims);
-      }
-      for (int k = 0; k < F::kGiven; ++k) {
-        if (s_.d_given[k] == nullptr) continue;
-        store(static_cast<Stored*>(s_.d_given[k])[n], gradient.given[k]);
-      }
+      T* sum = d_table + n * stride_;
+      for (int64_t p = 1; p < chunks(s_); ++p) add_to(sum + p * part, stride_, sum);
+      finish_one(n, sum);
     }
   }
 
@@ -378,7 +367,8 @@ class FlowTask {
     std::vector<Lanes<T>> tile(static_cast<size_t>(kRows * width_ / kLanes));
     T* z = tile.data()->at;
     const auto line = [&](int64_t k) { return this->line<kShared>(k); };
-    alignas(64) T measured[kRows], shift[kRows];
+    const auto take = s_.inverse ? take_steps<F, T, true, true> : take_steps<F, T, false, true>;
+    alignas(64) T measured[kRows], by[kRows];
     for (int64_t block = begin; block < end; ++block) {
       alignas(64) double log_det[kRows] = {};
       start(block);
@@ -386,9 +376,9 @@ class FlowTask {
       advance<F, T, kShared, false>(z, z, width_, line(0), line(0), nullptr, measured);
       for (int64_t k = 0; k < s_.steps; ++k) {
         read_numbers<kShared>(k);
-        take_steps<F, T, true>(measured, numbers_, dims(), shift, log_det);
+        take(measured, numbers_, dims(), by, log_det);
         const int64_t next = std::min(k + 1, s_.steps - 1);  // of the last step nobody asks
-        advance<F, T, kShared, true>(z, z, width_, line(k), line(next), shift, measured);
+        advance<F, T, kShared, true>(z, z, width_, line(k), line(next), by, measured);
       }
       write_rows(z, s_.out);
       for (int r = 0; r < count_; ++r) {
@@ -402,45 +392,48 @@ class FlowTask {
     const int64_t steps = s_.steps, all = blocks(s_), parts = chunks(s_), tile = kRows * width_;
     const auto lanes = [](int64_t n) { return static_cast<size_t>(n / kLanes); };
     std::vector<Lanes<T>> states(lanes(steps * tile)), gradients(lanes(tile)),
-        measures(lanes(steps * kRows)), unused, folded(lanes(steps * stride_));
-    if (!kShared) unused.resize(lanes(kRows * apart()));
+        measures(lanes(steps * kRows)), folded(lanes((kShared ? 1 : kRows) * apart()));
     T* grad = gradients.data()->at;
     const auto line = [&](int64_t k) { return this->line<kShared>(k); };
     const auto at = [&](int64_t k) { return measures.data()->at + k * kRows; };
-    const auto z = [&](int64_t k) { return states.data()->at + k * tile; };  // before step k
-    alignas(64) T shift[kRows], slope[kRows], weighed[kRows], grad_log_det[kRows];
+    const auto z = [&](int64_t k) { return states.data()->at + k * tile; };
+    alignas(64) T shift[kRows], slope[kRows], weighed[kRows], grad_log_det[kRows], last_one[kRows];
+    // The walk comes from where a step begins or, in the inverse, where one has just been.
+    const bool inverse = s_.inverse;
+    const auto from = [&](int64_t k) { return z(inverse ? std::max<int64_t>(k - 1, 0) : k); };
+    const auto to = [&](int64_t k) { return z(inverse ? k : k + 1); };
+    const auto take = inverse ? take_steps<F, T, true, false> : take_steps<F, T, false, false>;
+    const auto take_back = inverse ? take_steps_back<F, T, true> : take_steps_back<F, T, false>;
+    const auto pull_back = inverse ? retreat<F, T, kShared, true, !F::kPullsOneWay>
+                                   : retreat<F, T, kShared, true, false>;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      T* total = d_table + chunk * steps * stride_;
-      T* sums = folded.data()->at;
-      if (kShared) std::fill_n(total, steps * stride_, T(0));
-      if (kShared) std::fill_n(sums, steps * stride_, T(0));
+      T *total = kShared ? d_table + chunk * apart() : nullptr, *sums = folded.data()->at;
+      if (kShared) std::fill_n(total, apart(), T(0));
+      if (kShared) std::fill_n(sums, apart(), T(0));
       const int64_t first = chunk * all / parts, last = (chunk + 1) * all / parts;
       for (int64_t block = first; block < last; ++block) {
         start(block);
         read_rows(s_.z, z(0));
         advance<F, T, kShared, false>(z(0), z(0), width_, line(0), line(0), nullptr, at(0));
-        for (int64_t k = 0; k + 1 < steps; ++k) {
+        for (int64_t k = 0; k < steps; ++k) {
+          const int64_t next = std::min(k + 1, steps - 1);
           read_numbers<kShared>(k);
-          take_steps<F, T, false>(at(k), numbers_, dims(), shift, nullptr);
-          advance<F, T, kShared, true>(z(k), z(k + 1), width_, line(k), line(k + 1), shift,
-                                       at(k + 1));
+          take(at(k), numbers_, dims(), shift, nullptr);
+          if (next == k && !inverse) break;
+          advance<F, T, kShared, true>(from(k), to(k), width_, line(k), line(next), shift,
+                                       next > k ? at(next) : last_one);
         }
         read_grads(grad, grad_log_det);
         const int64_t end_step = steps - 1;
-        retreat<F, T, kShared, false>(grad, z(end_step), z(end_step), width_, line(end_step),
-                                      line(end_step), nullptr, nullptr, weighed, sums);
+        retreat<F, T, kShared, false, false>(grad, z(end_step), z(end_step), width_, line(end_step),
+                                             line(end_step), nullptr, nullptr, weighed, sums);
         for (int64_t k = end_step; k >= 0; --k) {
           read_numbers<kShared>(k);
-          take_steps_back<F, T>(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope,
-                                d_numbers_);
-          T* d_line = sums + k * stride_;
-          if constexpr (!kShared) {  // a block that is not full has nowhere to put its padding's
-            T* own = count_ < kRows ? unused.data()->at : d_table + first_ * steps * stride_;
-            d_line = own + k * stride_;
-          }
+          take_back(at(k), numbers_, dims(), weighed, grad_log_det, shift, slope, d_numbers_);
+          T* d_line = sums + step(k) * stride_;
           const int64_t before = std::max<int64_t>(k - 1, 0);  // of the first step nobody asks
-          retreat<F, T, kShared, true>(grad, z(k), z(before), width_, line(k), line(before), shift,
-                                       slope, weighed, d_line);
+          pull_back(grad, z(k), z(before), width_, line(k), line(before), shift, slope, weighed,
+                    d_line);
           for (int i = 0; i < 2; ++i) {
             for (int r = 0; r < count_; ++r) {
               T& to = d_line[(kShared ? 0 : r * apart()) + F::kVectors * width_ + i];
@@ -448,13 +441,15 @@ class FlowTask {
             }
           }
         }
-        if (!kShared && count_ < kRows) {
-          std::copy_n(unused.data()->at, count_ * apart(), d_table + first_ * apart());
+        if (!kShared) {
+          for (int64_t n = 0; n < count_ * steps; ++n) {
+            finish_one(first_ * steps + n, sums + n * stride_);
+          }
         }
         if (s_.d_z != nullptr) write_rows(grad, s_.d_z);
         if (kShared && ((block - first) % kFold == kFold - 1 || block + 1 == last)) {
-          add_to(sums, steps * stride_, total);
-          std::fill_n(sums, steps * stride_, T(0));
+          add_to(sums, apart(), total);
+          std::fill_n(sums, apart(), T(0));
         }
       }
     }
@@ -465,26 +460,26 @@ class FlowTask {
   void start(int64_t block) {
     first_ = block * kRows;
     count_ = static_cast<int>(std::min<int64_t>(kRows, s_.rows - first_));
+    if (s_.shared) return;
+    lines_.resize(static_cast<size_t>(kRows * apart() / kLanes));
+    T* own = lines_.data()->at;
+    for (int64_t n = 0; n < count_ * s_.steps; ++n) {
+      constrain_to(first_ * s_.steps + n, own + n * stride_);
+    }
+    for (int r = count_; r < kRows; ++r) {  // the padding repeats the last row
+      std::copy_n(own + (count_ - 1) * apart(), apart(), own + r * apart());
+    }
   }
   T dims() const { return static_cast<T>(s_.dims); }
 
-  // Step k's lines of the block. Rows of a full block have them in the table; else the padding
-  // repeats the last row's, and they are gathered.
+  // The k-th step of a walk.
+  int64_t step(int64_t k) const { return s_.inverse ? s_.steps - 1 - k : k; }
+
   template <bool kShared>
-  LineOf<T, kShared> line(int64_t k) {
-    if (kShared) return {table_ + k * stride_, 0};
-    if (count_ == kRows) return {table_ + (first_ * s_.steps + k) * stride_, apart()};
-    if (gathered_ != first_) gather_lines();
-    return {lines_.data()->at + k * stride_, apart()};
+  LineOf<T, kShared> line(int64_t k) const {
+    return {(kShared ? table_ : lines_.data()->at) + step(k) * stride_, apart()};
   }
   int64_t apart() const { return s_.steps * stride_; }
-  void gather_lines() {
-    lines_.resize(static_cast<size_t>(kRows * apart() / kLanes));
-    for (int r = 0; r < kRows; ++r) {
-      std::copy_n(table_ + row(r) * apart(), apart(), lines_.data()->at + r * apart());
-    }
-    gathered_ = first_;
-  }
   int64_t row(int r) const { return first_ + std::min(r, count_ - 1); }
   template <bool kShared>
   void read_numbers(int64_t k) {
@@ -495,6 +490,28 @@ class FlowTask {
     }
   }
 
+  void constrain_to(int64_t n, T* to) const {
+    const typename F::template Line<T> line = read_line(n, to);
+    constrain_line<F>(line, to, width_);
+    std::copy_n(line.numbers, 2, to + F::kVectors * width_);
+  }
+  // Of the gradient of a line makes that of the line as it was given.
+  void finish_one(int64_t n, T* gradient) {
+    given_.resize(static_cast<size_t>(stride_ / kLanes));
+    T* given = given_.data()->at;
+    const typename F::template Line<T> line = read_line(n, given);
+    const T total = sum_line_gradient<F>(gradient, given, width_);
+    const typename F::template LineGradient<T> way(line, total, gradient + F::kVectors * width_);
+    finish_line<F>(way, gradient, given, width_);
+    for (int k = 0; k < F::kVectors; ++k) {
+      if (s_.d_vectors[k] == nullptr) continue;
+      scatter(gradient + k * width_, static_cast<Stored*>(s_.d_vectors[k]) + n * s_.dims, s_.dims);
+    }
+    for (int k = 0; k < F::kGiven; ++k) {
+      if (s_.d_given[k] == nullptr) continue;
+      store(static_cast<Stored*>(s_.d_given[k])[n], way.given[k]);
+    }
+  }
   // A line as it was given, its vectors to `to`.
   typename F::template Line<T> read_line(int64_t n, T* to) const {
     for (int i = 0; i < F::kVectors; ++i) read(s_.vectors[i], n, to + i * width_);
@@ -528,9 +545,9 @@ class FlowTask {
   const FlowSweep& s_;
   T* const table_;
   const int64_t width_, stride_;
-  int64_t first_ = 0, gathered_ = -1;
+  int64_t first_ = 0;
   int count_ = 0;
-  std::vector<Lanes<T>> lines_;
+  std::vector<Lanes<T>> lines_, given_;  // a block's own, constrained; and one as it was given
   alignas(64) T numbers_[2][kRows], d_numbers_[2][kRows];
 };
 

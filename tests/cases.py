@@ -429,6 +429,44 @@ def _eager_affine_coupling(kind: str, inverse: bool) -> Callable[..., tuple[Tens
     return coupling
 
 
+def _eager_planar_inverse(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, inverse: bool = True
+) -> tuple[Tensor, Tensor]:
+    dot = (w * u).sum(-1)
+    e = torch.nn.functional.softplus(dot) - 1
+    v = u + ((e - dot) / w.square().sum(-1)).unsqueeze(-1) * w
+    log_det = z.new_zeros(z.shape[:-1])
+    for k in reversed(range(u.shape[-2])):
+        c, e_k = (z * w[..., k, :]).sum(-1) + b[..., k], e[..., k]
+        a = (c / (1 + e_k.clamp(min=0))).detach()
+        for step in range(6):  # Newton's; the last for the gradient
+            with torch.set_grad_enabled(step == 5 and torch.is_grad_enabled()):
+                h = torch.tanh(a)
+                a = a - (a + e_k * h - c) / (1 + e_k * (1 - h * h))
+        h = torch.tanh(a)
+        z = z - v[..., k, :] * h.unsqueeze(-1)
+        log_det = log_det - torch.log1p(e_k * (1 - h * h))
+    return z, log_det
+
+
+def _eager_radial_inverse(
+    z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor, inverse: bool = True
+) -> tuple[Tensor, Tensor]:
+    a = torch.nn.functional.softplus(alpha)
+    b = torch.nn.functional.softplus(beta) - a
+    log_det = z.new_zeros(z.shape[:-1])
+    for k in reversed(range(center.shape[-2])):
+        d = z - center[..., k, :]
+        p = d.norm(dim=-1) - a[..., k] - b[..., k]
+        r = (p + (p.square() + 4 * a[..., k] * d.norm(dim=-1)).sqrt()) / 2
+        h = 1 / (a[..., k] + r)
+        bh = b[..., k] * h
+        z = center[..., k, :] + d / (1 + bh).unsqueeze(-1)
+        log_det = log_det - (z.shape[-1] - 1) * torch.log1p(bh)
+        log_det = log_det - torch.log1p(bh - b[..., k] * r * h * h)
+    return z, log_det
+
+
 def _eager_gaussian_kl(
     mu_q: Tensor, log_var_q: Tensor, mu_p: Tensor | None = None, log_var_p: Tensor | None = None
 ) -> Tensor:
@@ -1026,7 +1064,9 @@ def _given_by(
     )
 
 
-def _flow(op: str, eager: Callable[..., Any], own_lines: bool = False) -> Case:
+def _flow(
+    op: str, eager: Callable[..., Any], own_lines: bool = False, inverse: bool = False
+) -> Case:
     """At sizes ``[..., D, K]``, the steps of all rows, or each row's own."""
 
     def line(s: Shape) -> Shape:
@@ -1051,14 +1091,23 @@ def _flow(op: str, eager: Callable[..., Any], own_lines: bool = False) -> Case:
 
     return Case(
         op=op,
-        variant="amortised" if own_lines else "",
+        variant=" ".join(filter(None, ("inverse" * inverse, "amortised" * own_lines))),
         inputs=(Input("z", shape=lambda s: s[:-1]), *parameters),
         outputs=("element", "row"),
         eager=eager,
         distributions=None,
-        bench=() if own_lines else ((512, 64, 16), (512, 40, 80), (4096, 2, 32)),
+        bench=()
+        if own_lines
+        else ((512, 64, 16),)
+        if inverse
+        else ((512, 64, 16), (512, 40, 80), (4096, 2, 32)),
         unrolls=lambda s: s[-1] > 32,
-        peers={
+        settings=(inverse,),
+        wired_as=f"{op}-inverse" if inverse and own_lines else "",
+        options={"inverse": True} if inverse else {},
+        peers={}
+        if inverse
+        else {
             "normflows": _with_normflows("Planar", _planar_parameters)
             if planar
             else _with_normflows("Radial", _radial_parameters)
@@ -1132,6 +1181,76 @@ def _spline(inverse: bool = False, circular: bool = False) -> Case:
     )
 
 
+def _rank(sizes: Shape) -> int:
+    return min(16, sizes[-2], max(1, sizes[-2] // 4))
+
+
+def _orthonormal(shape: Shape, g: torch.Generator) -> Tensor:
+    return fastvae.householder_columns(standard_normal(shape, g)).contiguous()
+
+
+def _eager_sylvester_flow(
+    z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    d1, d2 = (torch.tanh(t.diagonal(dim1=-2, dim2=-1)) for t in (r, s))
+    r, s = r.triu(1) + torch.diag_embed(d1), s.triu(1) + torch.diag_embed(d2)
+    log_det = z.new_zeros(z.shape[:-1])
+    own = q.dim() > 3
+
+    def times(x: Tensor, matrix: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) @ matrix).squeeze(-2) if own else x @ matrix
+
+    for k in range(q.shape[-3]):
+        q_k = q[..., k, :, :]
+        h = torch.tanh(times(times(z, q_k), s[..., k, :, :].mT) + b[..., k, :])
+        z = z + times(times(h, r[..., k, :, :].mT), q_k.mT)
+        log_det = log_det + torch.log(1 + (1 - h * h) * (d1 * d2)[..., k, :]).sum(-1)
+    return z, log_det
+
+
+def _sylvester(own_lines: bool = False) -> Case:
+    """At sizes ``[..., D, K]``."""
+
+    def line(s: Shape) -> Shape:
+        return (*(s[:-2] if own_lines else ()), s[-1])
+
+    def triangle(shape: Shape, g: torch.Generator) -> Tensor:
+        """Steps of about half the size of z, as a stack that is trained has them at most."""
+        return 0.5 * standard_normal(shape, g) / math.sqrt(max(1, shape[-1]))
+
+    def elements(s: Shape) -> int:
+        m = _rank(s)
+        return math.prod(s[:-1]) + math.prod(line(s)) * (s[-2] * m + 2 * m * m + m)
+
+    def own(name: str, draw: Draw, shape: Callable[[Shape], Shape]) -> Input:
+        return Input(name, draw, shape=lambda s: (*line(s), *shape(s)), has_rows=own_lines)
+
+    return Case(
+        op="sylvester_flow",
+        variant="amortised" if own_lines else "",
+        inputs=(
+            Input("z", shape=lambda s: s[:-1]),
+            own("q", _orthonormal, lambda s: (s[-2], _rank(s))),
+            own("r", triangle, lambda s: (_rank(s), _rank(s))),
+            own("s", triangle, lambda s: (_rank(s), _rank(s))),
+            own("b", standard_normal, lambda s: (_rank(s),)),
+        ),
+        outputs=("element", "row"),
+        eager=_eager_sylvester_flow,
+        distributions=None,
+        bench=() if own_lines else ((512, 64, 8),),
+        bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
+        bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
+        sizes=lambda shape: (*shape, 3),
+        no_broadcast=OWN_SHAPES,
+        mixes="a step depends on all columns",
+        quadratic="a step has D x M and M x M matrices",
+        copies="rows and lines are made contiguous",
+        wired_as="sylvester_flow" if own_lines else "",
+        rtol=_OF_STEPS,
+    )
+
+
 FLOWS = (
     *(_spline(inverse, circular) for circular in (False, True) for inverse in (False, True)),
     *(
@@ -1140,10 +1259,16 @@ FLOWS = (
         for inverse in (False, True)
         for masked in ((False, True) if kind == "tanh_exp" else (False,))
     ),
+    _sylvester(),
+    _sylvester(own_lines=True),
     _flow("planar_flow", _eager_planar_flow),
     _flow("planar_flow", _eager_planar_flow, own_lines=True),
     _flow("radial_flow", _eager_radial_flow),
     _flow("radial_flow", _eager_radial_flow, own_lines=True),
+    _flow("planar_flow", _eager_planar_inverse, inverse=True),
+    _flow("planar_flow", _eager_planar_inverse, own_lines=True, inverse=True),
+    _flow("radial_flow", _eager_radial_inverse, inverse=True),
+    _flow("radial_flow", _eager_radial_inverse, own_lines=True, inverse=True),
 )
 
 SCALES: tuple[Case, ...] = (

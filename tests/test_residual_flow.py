@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 import fastvae
 from fastvae import reference
@@ -111,6 +112,9 @@ def test_a_planar_step_without_direction_is_a_translation() -> None:
     z, log_det = fastvae.planar_flow(*inputs, b)
     torch.testing.assert_close(z, inputs[0] + math.tanh(1.0) * inputs[1])
     assert torch.equal(log_det, torch.zeros(4).double())
+    back, undone = fastvae.planar_flow(z, *inputs[1:], b, inverse=True)
+    torch.testing.assert_close(back, inputs[0])
+    assert torch.equal(undone, torch.zeros(4).double())
     for gradient in torch.autograd.grad(z.sum() + log_det.sum(), [*inputs, b]):
         assert gradient.isfinite().all()
 
@@ -120,7 +124,7 @@ def test_radial_steps_fix_their_centre_and_are_the_identity_at_alpha_is_beta() -
     inputs = [x.double().requires_grad_() for x in (center.clone(), center, alpha, beta)]
     z, log_det = fastvae.radial_flow(*inputs)
     assert torch.equal(z, center)
-    stretch = torch.nn.functional.softplus(beta) / torch.nn.functional.softplus(alpha)
+    stretch = softplus(beta) / softplus(alpha)
     torch.testing.assert_close(log_det, 4 * stretch.double().log(), rtol=1e-6, atol=0)
     for gradient in torch.autograd.grad(z.sum() + log_det.sum(), inputs):
         assert gradient.isfinite().all()
@@ -219,6 +223,275 @@ def test_many_rows_and_their_split() -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+# --- inverses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("amortised", [False, True], ids=["shared", "own"])
+def test_an_inverse_undoes_the_flow_either_way_round(name: str, amortised: bool) -> None:
+    """To 1e-5 in float32."""
+    lead = (50,) if amortised else ()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        flow, z = getattr(fastvae, name), rows(50, 8, dtype=dtype)
+        given = parameters(name, (*lead, 12), 8, dtype=dtype)
+        for first in (False, True):
+            moved, log_det = flow(z, *given, inverse=first)
+            back, undone = flow(moved, *given, inverse=not first)
+            assert (back - z).abs().max() <= tolerance
+            assert (log_det + undone).abs().max() <= 10 * tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dot", [-1e4, -100.0, -10.0, -5.0, -1.0, 0.0, 1.0, 30.0, 100.0, 1e4, 1e7])
+def test_planar_inverses_are_as_good_as_their_conditioning(dot: float, dtype: torch.dtype) -> None:
+    """A rounding of the largest number on the way grows by 1 over the stretch."""
+    eps = torch.finfo(dtype).eps
+    w = torch.tensor([[0.6, -0.8, 0.0]], dtype=dtype)
+    given = [dot * w, w, torch.full((1,), 0.1, dtype=dtype)]
+    z = rows(4000, 3, dtype=dtype)
+    x, log_det = fastvae.planar_flow(z, *given, inverse=True)
+    again, forth = fastvae.planar_flow(x, *given)
+    largest = max(4.0, abs(dot))  # of z, v and, where that is steep, the stretch
+    assert (again - z).abs().max() <= 8 * eps * largest
+    moved, _ = fastvae.planar_flow(z, *given)
+    back, undone = fastvae.planar_flow(moved, *given, inverse=True)
+    a = (z.double() @ w[0].double()) + 0.1
+    gain = 1 + (math.log1p(math.exp(dot)) - 1 if dot < 30 else dot - 1) / a.cosh().square()
+    # where it all but folds, z = x^3 / 3: what is within the cube root of a rounding looks alike
+    error = (back - z).abs().amax(-1).double()
+    allowed = (8 * eps * largest / gain.clamp(max=1.0)).clamp(max=4 * (eps * largest) ** (1 / 3))
+    assert (error <= allowed).all()
+    assert log_det.isfinite().all()
+    assert undone.isfinite().all()
+    assert forth.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("alpha", [-200.0, -20.0, 0.0, 20.0, 200.0])
+@pytest.mark.parametrize("beta", [-200.0, -20.0, 0.0, 20.0, 200.0])
+def test_radial_inverses_are_as_good_as_their_conditioning(
+    alpha: float, beta: float, dtype: torch.dtype
+) -> None:
+    eps, z = torch.finfo(dtype).eps, rows(2000, 3, dtype=dtype)
+    given = [torch.zeros(1, 3), torch.tensor([alpha]), torch.tensor([beta])]
+    given = [x.to(dtype) for x in given]
+    for first in (False, True):  # around 0 nothing is lost near the centre, whatever the stretch
+        moved, log_det = fastvae.radial_flow(z, *given, inverse=first)
+        back, undone = fastvae.radial_flow(moved, *given, inverse=not first)
+        stretch = (moved.norm(dim=-1) / z.norm(dim=-1)).double()
+        along = log_det.double().exp() / stretch.square()  # the rest of the determinant
+        error = (back - z).norm(dim=-1) / z.norm(dim=-1)
+        assert (error <= 16 * eps * (stretch / along).clamp(min=1.0)).all()
+        assert log_det.isfinite().all()
+        assert undone.isfinite().all()
+    center = fastvae.radial_flow(given[0], *given, inverse=True)
+    assert torch.equal(center[0], given[0])
+
+
+def test_the_planar_root_is_found_wherever_it_lies() -> None:
+    """In one dimension the step is a + e tanh(a): from the tightest fold to the steepest step."""
+    for dtype, most in ((torch.float32, 4), (torch.float64, 12)):
+        eps, rim = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        dots = torch.cat(
+            [-torch.logspace(-3, 1.3, 60), torch.zeros(1), torch.logspace(-3, most, 120)]
+        )
+        u = dots.to(dtype).reshape(-1, 1, 1)
+        z = torch.cat([torch.logspace(-12, most + 1, 500), torch.zeros(1)]).to(dtype)
+        given = [u, torch.ones_like(u), torch.zeros_like(u[..., 0])]
+        a, log_det = fastvae.planar_flow(z.reshape(-1, 1, 1), *given, inverse=True)
+        assert log_det.isfinite().all()
+        a, z = a.squeeze(-1).double(), z.double().unsqueeze(-1)
+        e = softplus(dots.to(dtype).double(), threshold=40.0).clamp(min=rim) - 1.0
+        rise = e * a.tanh()
+        # a itself may be lost within the cube root, below which a - tanh(a) rounds as much as it is
+        lost = torch.where(e < 0.0, (3.0 * z).pow(1 / 3).clamp(max=1.0), 0.0)
+        steep = 1.0 + e.clamp(min=0.0) * (1 - a.tanh().square())
+        slack = (a.abs() + lost + z + rise.abs()) * steep
+        assert ((a + rise - z).abs() <= 8 * eps * slack + rim).all()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("dims", [1, 3])
+def test_gradients_of_an_inverse_are_those_of_the_implicit_function(name: str, dims: int) -> None:
+    """From the forward op's own Jacobians, of both outputs: dx = J^-1 (dy - F_p dp)."""
+    given, y = parameters(name, (4,), dims), rows(5, dims)
+    flow, jacobian = getattr(fastvae, name), torch.autograd.functional.jacobian
+    inputs = [t.clone().requires_grad_() for t in (y, *given)]
+    x, log_det = flow(*inputs, inverse=True)
+    g, m = rows(5, dims), rows(5)
+    found = torch.autograd.grad((x, log_det), inputs, (g, m))
+    total = [torch.zeros_like(p) for p in given]
+    for i in range(5):
+        of_z, *of_given = zip(*jacobian(flow, (x[i].detach(), *given)), strict=True)
+        along = torch.linalg.solve(of_z[0].T, g[i] - m[i] * of_z[1])
+        torch.testing.assert_close(found[0][i], along, rtol=1e-10, atol=1e-10)
+        for sum_, (of_value, of_log_det) in zip(total, of_given, strict=True):
+            sum_ -= torch.tensordot(along, of_value, 1) + m[i] * of_log_det
+    for a, b in zip(found[1:], total, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_what_is_no_number_has_no_inverse_that_looks_like_one(name: str, bad: float) -> None:
+    z = rows(3, 4)
+    z[1, 2] = bad
+    x, _ = getattr(fastvae, name)(z, *parameters(name, (3,), 4), inverse=True)
+    assert x[[0, 2]].isfinite().all()
+    assert not x[1, 2].isfinite()
+
+
+def test_third_derivatives_of_an_inverse() -> None:
+    """The twin knows them too: d^3/dc^3 of a(c), where a + e tanh(a) = c."""
+    given = parameters("planar_flow", (1,), 1)
+
+    def value(y: torch.Tensor) -> torch.Tensor:
+        return fastvae.planar_flow(y, *given, inverse=True)[0].sum()
+
+    def second(y: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda y: torch.func.grad(value)(y).sum())(y)
+
+    y = torch.tensor([0.7], dtype=torch.float64)
+    step = 1e-5
+    slope = (second(y + step) - second(y - step)) / (2 * step)
+    third = torch.func.grad(lambda y: second(y).sum())(y)
+    torch.testing.assert_close(third, slope, rtol=1e-6, atol=1e-6)
+
+
+# --- Sylvester ------------------------------------------------------------------------------------
+
+
+def sylvester(
+    lead: tuple[int, ...], dims: int, rank: int, dtype=torch.float64, scale: float = 1.0
+) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(dims)
+    shapes = [(dims, rank), (rank, rank), (rank, rank), (rank,)]
+    q, *rest = (torch.randn(*lead, *x, generator=g, dtype=torch.float64) for x in shapes)
+    return [x.to(dtype) for x in (fastvae.householder_columns(q), *(scale * x for x in rest))]
+
+
+@pytest.mark.parametrize(("dims", "rank"), [(1, 1), (3, 3), (7, 2), (20, 17), (5, 0)])
+def test_sylvester_log_det_is_that_of_the_jacobian(dims: int, rank: int) -> None:
+    given, z = sylvester((4,), dims, rank), rows(5, dims)
+    _, log_det = fastvae.sylvester_flow(z, *given)
+
+    def jacobian(x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.functional.jacobian(lambda x: fastvae.sylvester_flow(x, *given)[0], x)
+
+    jacobians = torch.stack([jacobian(x) for x in z])
+    assert (log_det - torch.linalg.slogdet(jacobians).logabsdet).abs().max() <= 1e-10
+
+
+def test_a_sylvester_step_of_rank_one_is_a_planar_step() -> None:
+    q, r, s, b = sylvester((3,), 4, 1)
+    z, log_det = fastvae.sylvester_flow(rows(6, 4), q, r, s, b)
+    product = (r.tanh() * s.tanh())[:, 0, 0]
+    w = s.tanh()[:, 0] * q[..., 0]
+    dot = torch.log(torch.expm1(1 + product))  # whose softplus is 1 + it
+    expected = fastvae.planar_flow(
+        rows(6, 4), (dot / w.square().sum(-1)).unsqueeze(-1) * w, w, b[:, 0]
+    )
+    torch.testing.assert_close(z, expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(log_det, expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lead", [(3,), (40, 3)], ids=["shared", "own"])
+@pytest.mark.parametrize(("dims", "rank"), [(17, 16), (40, 33), (64, 16)])
+def test_sylvester_op_and_twin_agree(lead, dims: int, rank: int, dtype: torch.dtype) -> None:
+    inputs = [rows(40, dims), *sylvester(lead, dims, rank, scale=0.3)]
+    exact = [x.requires_grad_() for x in inputs]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    results = []
+    for function, arguments in (
+        (fastvae.sylvester_flow, inputs),
+        (reference.sylvester_flow, exact),
+    ):
+        z, log_det = function(*arguments)
+        loss = (z * rows(40, dims)).sum() + (log_det * rows(40)).sum()
+        results.append((z, log_det, *torch.autograd.grad(loss, arguments)))
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+def test_sylvester_lines_broadcast_with_rows() -> None:
+    """Samples may share the lines of their datapoint; what was shared sums its gradient."""
+    for z_rows, lead in (((4, 5), (5,)), ((4, 1), (5,)), ((4, 5), (4, 1)), ((), (3,))):
+        given = sylvester((*lead, 2), 5, 2)
+        inputs = [x.requires_grad_() for x in (rows(*z_rows, 5), *given)]
+        shape = torch.broadcast_shapes(z_rows, lead)
+        full = [inputs[0].expand(*shape, 5)]
+        full += [p.expand(*shape, *p.shape[len(lead) :]).contiguous() for p in inputs[1:]]
+        gradients = []
+        for arguments in (inputs, full):
+            z, log_det = fastvae.sylvester_flow(*arguments)
+            assert z.shape[:-1] == log_det.shape == shape
+            loss = (z.sum(-1) * rows(*shape) + log_det.square()).sum()
+            gradients.append(torch.autograd.grad(loss, inputs))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1.0, 10.0, 30.0, 1e4])
+def test_sylvester_steps_are_invertible_whatever_the_diagonals(size, dtype: torch.dtype) -> None:
+    """Each product of two may come as close to -1 as the type knows, and all stays finite."""
+    q, _, _, b = sylvester((2,), 4, 3, dtype)
+    inputs = [rows(30, 4, dtype=dtype), q, size * torch.eye(3, dtype=dtype).expand(2, 3, 3)]
+    inputs += [-inputs[2], torch.zeros_like(b)]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    z, log_det = fastvae.sylvester_flow(*inputs)
+    assert z.isfinite().all()
+    assert log_det.isfinite().all()
+    for gradient in torch.autograd.grad(z.sum() + log_det.sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+def test_many_rows_of_a_sylvester_flow_and_their_split() -> None:
+    given = [p.requires_grad_() for p in sylvester((3,), 5, 2)]
+    z = rows(5000, 5)
+    outputs = fastvae.sylvester_flow(z, *given)
+    gradients = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), given)
+    parts = [fastvae.sylvester_flow(x, *given) for x in z.split([1, 1999, 3000])]
+    for a, b in zip(outputs, zip(*parts, strict=True), strict=True):
+        assert torch.equal(a, torch.cat(b))
+    total = sum(z.sum() + log_det.sum() for z, log_det in parts)
+    for a, b in zip(gradients, torch.autograd.grad(total, given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_householder_columns_are_orthonormal_whatever_the_parameters(rank: int) -> None:
+    for size in (0.0, 1e-8, 1.0, 1e6):
+        x = (size * rows(3, 6, rank)).requires_grad_()
+        q = fastvae.householder_columns(x)
+        eye = torch.eye(rank, dtype=torch.float64)
+        torch.testing.assert_close(q.mT @ q, eye.expand(3, rank, rank), rtol=0, atol=1e-13)
+        (gradient,) = torch.autograd.grad((q * rows(3, 6, rank)).sum(), x)
+        assert gradient.isfinite().all()
+    x = rows(2, 4, min(rank, 3)).requires_grad_()
+    assert torch.autograd.gradcheck(fastvae.householder_columns, [x])
+
+
+def test_wrong_shapes_of_a_sylvester_flow_raise_and_name_the_argument() -> None:
+    z, (q, r, s, b) = rows(4, 5), sylvester((2,), 5, 3)
+
+    def fails(message: str, *arguments: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match=f"fastvae::sylvester_flow: {message}"):
+            fastvae.sylvester_flow(*arguments)
+
+    fails(r"q must be \[..., K, D, M\] for the D of z, got \[2, 3, 5\] and", z, q.mT, r, s, b)
+    fails(r"q must be \[..., K, D, M\] for the D of z, got \[5, 3\] and", z, q[0], r, s, b)
+    fails(r"q must have at least one step, got \[0, 5, 3\]", z, q[:0], r[:0], s[:0], b[:0])
+    fails(r"q must have no more columns than rows, got \[2, 5, 6\]", z, rows(2, 5, 6), r, s, b)
+    fails(r"r must be \[..., K, M, M\] for the q of .*, got \[2, 2, 3\] and", z, q, r[:, 1:], s, b)
+    fails(r"s must be \[..., K, M, M\] for the q of .*, got \[1, 3, 3\] and", z, q, r, s[:1], b)
+    fails(r"b must be \[..., K, M\] for the q of .*, got \[2, 2\] and", z, q, r, s, b[:, 1:])
+    own = sylvester((5, 2), 5, 3)
+    fails(r"q must broadcast with z in its leading dimensions, got \[5, 2, 5, 3\]", z, *own)
+
+
 # --- against normflows, with the same parameters --------------------------------------------------
 
 
@@ -240,7 +513,7 @@ def test_normflows_radial_where_it_is_right_and_where_it_overflows() -> None:
     radial = pytest.importorskip("normflows").flows.Radial
     center, alpha, beta = parameters("radial_flow", (1,), 3)
     z, theirs = rows(20, 3), radial((3,), z_0=center)
-    theirs.alpha.data = torch.nn.functional.softplus(alpha).reshape(theirs.alpha.shape)
+    theirs.alpha.data = softplus(alpha).reshape(theirs.alpha.shape)
     theirs.beta.data = beta.reshape(theirs.beta.shape)
     for a, e in zip(fastvae.radial_flow(z, center, alpha, beta), theirs(z), strict=True):
         torch.testing.assert_close(a, e.detach(), rtol=1e-12, atol=1e-12)

@@ -493,6 +493,22 @@ FORMULAS = {
         lambda y, t, g: (y - t) / g + t,
         torch.nn.functional.logsigmoid,
     ),
+    "SylvesterDiagonal.Forward": Formula(
+        lambda r, s: ([r.tanh(), s.tanh(), r.tanh() * s.tanh(), 1 + r.tanh() * s.tanh()], None),
+        2,
+        outputs=4,
+    ),
+    "SylvesterDiagonal.Backward": Formula(
+        lambda r, s, d_r, d_s, d_gain: (
+            [
+                (d_r + d_gain * s.tanh()) / r.cosh() ** 2,
+                (d_s + d_gain * r.tanh()) / s.cosh() ** 2,
+            ],
+            None,
+        ),
+        5,
+        outputs=2,
+    ),
     **row_sum("BernoulliLogProb", bernoulli_log_prob, 2),
     **row_sum("ContinuousBernoulliLogProb", continuous_bernoulli_log_prob, 2),
     **row_sum("PoissonLogProb", poisson_log_prob, 2, low=0.1),
@@ -1020,11 +1036,76 @@ def radial_steps(z: torch.Tensor, c: torch.Tensor, al: torch.Tensor, be: torch.T
     return [z, log_det]
 
 
+def bisect(f, y: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The root of f(x) = y, increasing, as a function of all that f knows."""
+    with torch.no_grad():
+        for _ in range(200):
+            middle = (low + high) / 2
+            above = f(middle) > y
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    x = low.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(f(x).sum(), x)
+    return low - (f(low) - y) / slope
+
+
+def planar_undone(y: torch.Tensor, u: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> list:
+    log_det = torch.zeros_like(y[:, 0])
+    for k in reversed(range(u.shape[-2])):
+        dot, square = (u * w).sum(-1)[..., k], (w * w).sum(-1)[..., k]
+        m = torch.log1p(torch.exp(dot)) - 1
+        v = u[..., k, :] + ((m - dot) / square).unsqueeze(-1) * w[..., k, :]
+        c = (w[..., k, :] * y).sum(-1) + b[..., k]
+        a = bisect(lambda a, m=m: a + m * torch.tanh(a), c, c - 1 - m.abs(), c + 1 + m.abs())
+        y = y - v * torch.tanh(a).unsqueeze(-1)
+        log_det = log_det - torch.log(1 + m / torch.cosh(a).square())
+    return [y, log_det]
+
+
+def radial_undone(y: torch.Tensor, c: torch.Tensor, al: torch.Tensor, be: torch.Tensor) -> list:
+    log_det = torch.zeros_like(y[:, 0])
+    for k in reversed(range(c.shape[-2])):
+        a = torch.log1p(torch.exp(al[..., k]))
+        b = torch.log1p(torch.exp(be[..., k])) - a
+        far = (y - c[..., k, :]).norm(dim=-1)
+        r = bisect(lambda r, a=a, b=b: r + b * r / (a + r), far, 0 * far, far + a)
+        stretch = 1 + b / (a + r)
+        y = c[..., k, :] + (y - c[..., k, :]) / stretch.unsqueeze(-1)
+        log_det = log_det - (y.shape[-1] - 1) * stretch.log()
+        log_det = log_det - (stretch - b * r / (a + r).square()).log()
+    return [y, log_det]
+
+
+def run_flow(program: Path, name: str, sizes: tuple, first: bool, tensors: tuple, shapes: list):
+    """Of tensors of one dtype, sent one after the other, those of these shapes and dtypes."""
+    sizes = (*sizes, *(0,) * (10 - len(sizes)))  # outer..lend_partial_sums
+    options = (int(first), 1 if first else 2**31 - 1, -1, 0, 0, 0)
+    dtype = DTYPES.index(tensors[0].dtype)
+    header = struct.pack("<64s17qd", name.encode(), dtype, *sizes, *options, 0.0)
+    raw = [x.contiguous().view(torch.uint8).flatten().numpy().tobytes() for x in tensors]
+    done = subprocess.run([program], input=header + b"".join(raw), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[:4000]
+    answer, at, got = bytearray(done.stdout), 0, []
+    for shape, kind in shapes:
+        size = math.prod(shape) * kind.itemsize
+        got.append(torch.frombuffer(answer[at : at + size], dtype=kind).reshape(shape))
+        at += size
+    assert at == len(answer)
+    return got
+
+
+FLOWS = {
+    "planar": planar_steps,
+    "radial": radial_steps,
+    "planar undone": planar_undone,
+    "radial undone": radial_undone,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("steps", [planar_steps, radial_steps], ids=["planar", "radial"])
-def test_flows(program: Path, steps, shared: bool, dtype: torch.dtype) -> None:
-    name = steps.__name__.removesuffix("_steps") + "_flow"
+@pytest.mark.parametrize("flow", FLOWS)
+def test_flows(program: Path, flow: str, shared: bool, dtype: torch.dtype) -> None:
+    steps, name = FLOWS[flow], flow.removesuffix(" undone") + "_flow"
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # more rows than warps that sum, than columns of a warp, and hardly any
     for rows, length, dims in ((1, 1, 1), (5, 3, 2), (37, 4, 33), (3, 2, 130), (1030, 2, 3)):
@@ -1053,29 +1134,11 @@ def test_flows(program: Path, steps, shared: bool, dtype: torch.dtype) -> None:
         for first in (False, True):
             for wanted in (0, 1, 2, 3):
                 given = [x for k, x in enumerate(grads) if wanted >> k & 1]
-                header = struct.pack(
-                    "<64s17qd",
-                    name.encode(),
-                    DTYPES.index(dtype),
-                    *(rows, length, dims, int(shared), int(wanted > 0), 0, 0, wanted, 0, 0),
-                    *(int(first), 1 if first else 2**31 - 1, -1, 0),
-                    *(0, 0),
-                    0.0,
-                )
-                tensors = [x.contiguous().view(torch.uint8).flatten() for x in (*inputs, *given)]
-                data = header + b"".join(x.numpy().tobytes() for x in tensors)
-                done = subprocess.run([program], input=data, capture_output=True)
-                assert done.returncode == 0, done.stderr.decode()[:4000]
                 shapes = [(x.shape, dtype) for x in inputs]
                 if wanted == 0:
                     shapes = [(grads[0].shape, dtype), (grads[1].shape, wide)]
-                answer, at = bytearray(done.stdout), 0
-                got = []
-                for shape, kind in shapes:
-                    size = math.prod(shape) * kind.itemsize
-                    got.append(torch.frombuffer(answer[at : at + size], dtype=kind).reshape(shape))
-                    at += size
-                assert at == len(answer)
+                sizes = (rows, length, dims, int(shared), int(wanted > 0), int("undone" in flow))
+                got = run_flow(program, name, (*sizes, 0, wanted), first, (*inputs, *given), shapes)
                 label = (rows, length, dims, first, wanted)
                 if wanted == 0:
                     close(got, [x.detach() for x in outputs], label)
@@ -1085,6 +1148,65 @@ def test_flows(program: Path, steps, shared: bool, dtype: torch.dtype) -> None:
                     of, exact, [x.double() for x in given], retain_graph=True
                 )
                 close(got, list(want), label)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_sylvester_flows(program: Path, shared: bool, dtype: torch.dtype) -> None:
+    """The kernels take lines as csrc/sylvester.cpp lays them out, padded with zeros."""
+    tolerance = 3e-5 if dtype == torch.float32 else 1e-12
+    for rows, length, dims, rank in ((1, 1, 1, 1), (7, 3, 5, 2), (9, 2, 40, 33), (300, 2, 3, 3)):
+        g = torch.Generator().manual_seed(dims)
+        lead = (length,) if shared else (rows, length)
+
+        def draw(*shape: int, g=g) -> torch.Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+        z, b, product = draw(rows, dims), draw(*lead, rank), torch.tanh(draw(*lead, rank))
+        inside, outside = (draw(*lead, dims, rank) / (dims * rank) ** 0.5 for _ in range(2))
+        exact = [x.double().requires_grad_() for x in (z, inside, outside, b, 1 + product)]
+        x, log_det = exact[0], torch.zeros(rows, dtype=torch.float64)
+        for k in range(length):
+            step = [p[k] if shared else p[:, k] for p in exact[1:]]
+            a = torch.einsum("rd,dm->rm" if shared else "rd,rdm->rm", x, step[0]) + step[2]
+            mix = "rm,dm->rd" if shared else "rm,rdm->rd"
+            log_det = log_det + torch.log(1 + (step[3] - 1) / a.cosh().square()).sum(-1)
+            x = x + torch.einsum(mix, a.tanh(), step[1])
+
+        def padded(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)).flatten(-2)
+
+        parts = [inside, inside.mT, outside, outside.mT, b.unsqueeze(-2)]
+        parts += [(1 + product).unsqueeze(-2), product.unsqueeze(-2)]
+        lines = torch.cat([padded(p) for p in parts], -1)
+        grads, width = [draw(rows, dims), draw(rows)], rank + -rank % 16
+        for first in (False, True):
+            for wanted in (0, 1, 2, 3):
+                given = [t for i, t in enumerate(grads) if wanted >> i & 1]
+                shapes = [(z.shape, dtype), ((rows,), dtype)]
+                if wanted:
+                    shapes[1] = ((*lead, 2 * (dims + 1) * width), dtype)
+                sizes = (rows, length, dims, int(shared), int(wanted > 0), 0, 0, wanted, 0, rank)
+                got = run_flow(program, "sylvester_flow", sizes, first, (z, lines, *given), shapes)
+                want = [x, log_det]
+                if wanted:
+                    of = [t for i, t in enumerate(want) if wanted >> i & 1]
+                    want = torch.autograd.grad(
+                        of,
+                        exact,
+                        [t.double() for t in given],
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                    ends = [dims * width, dims * width, width, width]
+                    got[1:] = [
+                        t.unflatten(-1, (-1, width))[..., :rank] for t in got[1].split(ends, dim=-1)
+                    ]
+                    got[3:] = [t.squeeze(-2) for t in got[3:]]
+                for t, e in zip(got, want, strict=True):
+                    scale = e.abs() + e.square().mean().sqrt() + 1e-3
+                    assert ((t.double() - e).abs() <= tolerance * scale).all()
 
 
 # ---- splines ----------------------------------------------------------------------------------

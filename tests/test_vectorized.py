@@ -62,16 +62,23 @@ LOOPS = [
         for real in REALS
     ),
     *(
-        f"{loop}<fastvae::{flow}, {real}, {shared}, true>"
-        for loop in ("advance", "retreat")
+        f"{loop}<fastvae::{flow}, {real}, {shared}, true{inverse}>"
+        for loop, inverse in (("advance", ""), ("retreat", ", false"), ("retreat", ", true"))
         for flow in ("Planar", "Radial")
         for real in REALS
         for shared in ("true", "false")
+        if (flow, inverse) != ("Radial", ", true")  # is the same one
     ),
     *(
-        f"{loop}<fastvae::{flow}, {real}{log_det}>"
+        f"{loop}<fastvae::{flow}, {real}, {inverse}{log_det}>"
         for loop, log_det in (("take_steps", ", true"), ("take_steps_back", ""))
         for flow in ("Planar", "Radial")
+        for real in REALS
+        for inverse in ("true", "false")
+    ),
+    *(
+        f"{loop}<{real}>"
+        for loop in ("multiply", "bend_rows", "bend_again", "unbend_rows")
         for real in REALS
     ),
     *(f"share_out<{real}>" for real in REALS),

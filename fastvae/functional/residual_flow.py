@@ -1,19 +1,23 @@
-"""Residual flows: stacks of planar and radial steps, each stack in one launch."""
+"""Residual flows: stacks of planar, radial and Sylvester steps, each stack in one launch."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .route import op
 
-__all__ = ["planar_flow", "radial_flow"]
+__all__ = ["householder_columns", "planar_flow", "radial_flow", "sylvester_flow"]
 
 _planar_flow = op("planar_flow")
 _radial_flow = op("radial_flow")
+_sylvester_flow = op("sylvester_flow")
 
 
-def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    r"""K planar steps, one after the other, and the log-determinant of all.
+def planar_flow(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""K planar steps, one after the other, and the log-determinant of all; or their inverse.
 
     .. math::
         z_k = z_{k-1} + \hat u_k \tanh(w_k^\top z_{k-1} + b_k), \qquad
@@ -34,6 +38,11 @@ def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Ten
         u, w: ``[K, D]``, the same for all rows, or each row's own, ``[..., K, D]``, whose leading
             dimensions broadcast with those of ``z`` (amortised: from a network).
         b: ``[K]`` or ``[..., K]``.
+        inverse: take the steps back, the last one first: ``z`` is what the flow gave, and
+            ``log_det`` that of the inverse, minus the flow's. A step has no inverse in closed form;
+            one number a row is found, :math:`a + w^\top\hat u \tanh a = w^\top z_k + b`, by a
+            fixed count of Halley's iterations from bounds on it. How exactly depends on how nearly
+            a step folds: a rounding of :math:`z_k` grows by :math:`1 / (1 + h' w^\top \hat u)`.
 
     Returns:
         ``(z, log_det)``: ``[..., D]`` in the dtype of ``z``, and nats per row, ``[...]`` (float32
@@ -52,12 +61,17 @@ def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Ten
     >>> z, log_det = fastvae.planar_flow(torch.randn(5, 2), u, w, b)
     >>> z.shape, log_det.shape
     (torch.Size([5, 2]), torch.Size([5]))
+    >>> start, back = fastvae.planar_flow(z, u, w, b, inverse=True)
+    >>> torch.allclose(log_det + back, torch.zeros(5), atol=1e-4)
+    True
     """
-    return _planar_flow(z, u, w, b)  # type: ignore[no-any-return]
+    return _planar_flow(z, u, w, b, inverse)  # type: ignore[no-any-return]
 
 
-def radial_flow(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    r"""K radial steps, one after the other, and the log-determinant of all.
+def radial_flow(
+    z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""K radial steps, one after the other, and the log-determinant of all; or their inverse.
 
     .. math::
         z_k = z_{k-1} + \hat\beta_k h_k\, (z_{k-1} - c_k), \qquad
@@ -77,6 +91,8 @@ def radial_flow(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple
         center: ``[K, D]``, the same for all rows, or each row's own, ``[..., K, D]``, whose leading
             dimensions broadcast with those of ``z``.
         alpha, beta: ``[K]`` or ``[..., K]``.
+        inverse: take the steps back, the last one first, as in :func:`planar_flow`; here the radius
+            before a step is the root of a quadratic.
 
     Returns, raises, and what is stored: as :func:`planar_flow`.
 
@@ -89,4 +105,55 @@ def radial_flow(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple
     >>> bool((log_det > 0).all())
     True
     """
-    return _radial_flow(z, center, alpha, beta)  # type: ignore[no-any-return]
+    return _radial_flow(z, center, alpha, beta, inverse)  # type: ignore[no-any-return]
+
+
+def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    r"""K Sylvester steps, one after the other, and the log-determinant of all.
+
+    .. math::
+        z_k = z_{k-1} + Q_k \hat R_k \tanh(\hat S_k Q_k^\top z_{k-1} + b_k), \qquad
+        \log\Big|\det \frac{\partial z_K}{\partial z_0}\Big| =
+        \sum_k \sum_i \log\big(1 + h'_{k,i}\, \hat r_{k,ii}\, \hat s_{k,ii}\big)
+
+    A planar step of rank M at once. The columns of Q are orthonormal, which is the caller's to see
+    to (:func:`householder_columns`; a QR decomposition; columns of a permutation): the
+    log-determinant is that of the map only if they are. :math:`\hat R` and :math:`\hat S` are the
+    upper triangles of ``r`` and ``s``, the tanh of whose diagonals keeps each product of two above
+    -1: whatever they are, each step is invertible.
+
+    Args:
+        z: ``[..., D]``.
+        q: ``[K, D, M]``, the same for all rows, or each row's own, ``[..., K, D, M]``, whose
+            leading dimensions broadcast with those of ``z`` (amortised: from a network). M <= D.
+        r, s: ``[K, M, M]`` or ``[..., K, M, M]``; what is below the diagonal is not looked at.
+        b: ``[K, M]`` or ``[..., K, M]``.
+
+    Returns, raises, and what is stored: as :func:`planar_flow`.
+
+    Paper: van den Berg et al., "Sylvester Normalizing Flows for Variational Inference", UAI 2018,
+    where ``s`` is R tilde.
+
+    >>> q = fastvae.householder_columns(torch.randn(4, 8, 3))
+    >>> r, s, b = torch.randn(4, 3, 3), torch.randn(4, 3, 3), torch.randn(4, 3)
+    >>> z, log_det = fastvae.sylvester_flow(torch.randn(5, 8), q, r, s, b)
+    >>> z.shape, log_det.shape
+    (torch.Size([5, 8]), torch.Size([5]))
+    """
+    return _sylvester_flow(z, q, r, s, b)  # type: ignore[no-any-return]
+
+
+def householder_columns(x: Tensor) -> Tensor:
+    r"""Orthonormal columns, ``[..., D, M]``, of any parameters of that shape, M <= D.
+
+    The first M columns of a product of M Householder reflections. The i-th is that of a vector
+    which is 1 at i, ``x[..., i + 1:, i]`` below and 0 above, so that no parameters are singular;
+    what is on and above the diagonal of ``x`` is not looked at. Composed of torch ops.
+
+    >>> q = fastvae.householder_columns(torch.randn(8, 3))
+    >>> torch.allclose(q.mT @ q, torch.eye(3), atol=1e-5)
+    True
+    """
+    below = x.tril(-1)
+    tau = 2.0 / (1.0 + below.square().sum(-2))
+    return torch.linalg.householder_product(below, tau)

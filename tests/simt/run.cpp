@@ -33,6 +33,9 @@ template <class F>
 __attribute__((weak)) const char* sweep_flow(const FlowSweep& s, bool backward, void* lent, void*);
 template <class F>
 __attribute__((weak)) int64_t flow_scratch(const FlowSweep& s, bool backward);
+__attribute__((weak)) const char* sweep_sylvester(const SylvesterSweep& s, bool backward,
+                                                  void* lent, void*);
+__attribute__((weak)) int64_t sylvester_scratch(const SylvesterSweep& s, bool backward);
 }  // namespace fastvae::cuda
 
 extern "C" const char* __asan_default_options() {
@@ -267,9 +270,9 @@ void run_triangles(const Header& h) {
 }
 
 // Names "planar_flow" and "radial_flow": rows, steps and dims come as outer, inner and columns,
-// whether lines are shared as `inputs`. Then, contiguous: z, the vectors, the numbers of lines, and
-// for backward those there are of grad_z and grad_log_det (wanted, bits 0 and 1). The answer is z
-// and log_det, or the gradients of all.
+// whether lines are shared as `inputs`, whether it is the inverse as `outputs`. Then, contiguous:
+// z, the vectors, the numbers of lines, and for backward those there are of grad_z and grad_log_det
+// (wanted, bits 0 and 1). The answer is z and log_det, or the gradients of all.
 template <class F>
 void run_flow(const Header& h) {
   const bool backward = h.row_inputs != 0;
@@ -277,6 +280,7 @@ void run_flow(const Header& h) {
   FlowSweep s;
   s.dtype = static_cast<DType>(h.dtype);
   s.rows = h.outer, s.steps = h.inner, s.dims = h.columns, s.shared = h.inputs != 0;
+  s.inverse = h.outputs != 0;
   std::vector<Buffer> buffers;
   std::vector<std::pair<const char*, int64_t>> answer;
   const auto input = [&](int64_t bytes) {
@@ -368,6 +372,58 @@ void run_spline(const Header& h) {
   }
 }
 
+// Name "sylvester_flow": rows, steps and dims come as outer, inner and columns, the rank as
+// `lend_partial_sums`, whether lines are shared as `inputs`. Then, contiguous: z, lines as
+// SylvesterSweep has them, and for backward those there are of grad_z and grad_log_det. The answer
+// is z and log_det, or the gradients of z and of the lines.
+void run_sylvester(const Header& h) {
+  const bool backward = h.row_inputs != 0;
+  const int64_t item = h.dtype == 0 ? 4 : 8;
+  const auto whole = [](int64_t n) { return (n + 15) / 16 * 16; };
+  SylvesterSweep s;
+  s.in_double = h.dtype == 1;
+  s.rows = h.outer, s.steps = h.inner, s.dims = h.columns, s.shared = h.inputs != 0;
+  s.rank = h.lend_partial_sums, s.width = whole(s.dims), s.rank_width = whole(s.rank);
+  const int64_t tall = s.dims * s.rank_width, lines = (s.shared ? 1 : s.rows) * s.steps;
+  s.stride = 2 * (tall + s.rank * s.width) + 3 * s.rank_width;
+  s.d_stride = 2 * (tall + s.rank_width);
+  std::vector<Buffer> buffers;
+  std::vector<std::pair<const char*, int64_t>> answer;
+  const auto input = [&](int64_t count) {
+    buffers.push_back(allocate(count * item));
+    receive(buffers.back().get(), static_cast<size_t>(count * item));
+    return buffers.back().get();
+  };
+  const auto output = [&](int64_t count) {
+    buffers.push_back(allocate(count * item));
+    answer.push_back({buffers.back().get(), count * item});
+    return buffers.back().get();
+  };
+  s.z = input(s.rows * s.dims);
+  s.lines = input(lines * s.stride);
+  if (backward) {
+    if (h.wanted & 1) s.grad_out = input(s.rows * s.dims);
+    if (h.wanted & 2) s.grad_log_det = input(s.rows);
+    s.d_z = output(s.rows * s.dims);
+    char* d_lines = output(lines * s.d_stride);
+    std::memset(d_lines, 0, static_cast<size_t>(lines * s.d_stride * item));
+    s.d_lines = d_lines;
+  } else {
+    s.out = output(s.rows * s.dims);
+    s.log_det = output(s.rows);
+  }
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  const Buffer lent = allocate(cuda::sylvester_scratch(s, backward));
+  const char* error = cuda::sweep_sylvester(s, backward, lent.get(), nullptr);
+  if (error != nullptr) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  for (const auto& [data, bytes] : answer) {
+    if (bytes > 0) std::fwrite(data, static_cast<size_t>(bytes), 1, stdout);
+  }
+}
+
 // Name "pixels": channels and components come as inner and columns, the number of bins less one as
 // the parameter, the map to a scale as `inputs`; sizes follow. Then x, logits, mu, log_scale and
 // coeffs, each an OperandHeader and its data; backward has the kept, the gradients, and an
@@ -437,14 +493,15 @@ int main() {
   Header header;
   while (std::fread(&header, sizeof header, 1, stdin) == 1) {
     const std::string name = header.name;
-    const auto run_one = name == "philox"        ? run_philox
-                         : name == "pairs"       ? run_pairs
-                         : name == "triangles"   ? run_triangles
-                         : name == "pixels"      ? run_pixels
-                         : name == "planar_flow" ? run_flow<Planar>
-                         : name == "radial_flow" ? run_flow<Radial>
-                         : name == "spline"      ? run_spline
-                                                 : run_case;
+    const auto run_one = name == "philox"           ? run_philox
+                         : name == "pairs"          ? run_pairs
+                         : name == "triangles"      ? run_triangles
+                         : name == "pixels"         ? run_pixels
+                         : name == "planar_flow"    ? run_flow<Planar>
+                         : name == "radial_flow"    ? run_flow<Radial>
+                         : name == "sylvester_flow" ? run_sylvester
+                         : name == "spline"         ? run_spline
+                                                    : run_case;
     run_one(header);
   }
 }
