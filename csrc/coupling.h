@@ -64,7 +64,8 @@ struct TanhExp : Scaled {
   template <class T>
   static FASTVAE_HD Factor<T> factor(T s) {
     const math::Tanh<T> bounded = math::tanh(s);
-    return {bounded.value, bounded.slope, math::exp(bounded.value), math::exp(-bounded.value)};
+    return {bounded.value, bounded.slope, math::exp_weight(bounded.value),
+            math::exp_weight(-bounded.value)};
   }
 };
 

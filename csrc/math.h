@@ -100,6 +100,13 @@ FASTVAE_HD double sqrt(double x) { return ::sqrt(x); }
 FASTVAE_HD float floor(float x) { return ::floorf(x); }
 FASTVAE_HD double floor(double x) { return ::floor(x); }
 
+// What a + b lost when it was rounded to sum, exactly (Knuth's two-sum).
+template <class T>
+FASTVAE_HD T lost(T a, T b, T sum) {
+  const T back = sum - a;
+  return (a - (sum - back)) + (b - back);
+}
+
 // 2^n for -bias < n <= bias, 0 for n = -bias.
 template <class T>
 FASTVAE_HD T power_of_two(Bits<T> n) {

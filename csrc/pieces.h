@@ -22,8 +22,9 @@ namespace fastvae::cpu {
 // Sixteen pieces and what is known of them.
 template <class T>
 struct alignas(64) Pieces {
-  T share_width[kLanes], share_height[kLanes];  // of a softmax's terms
-  T x[kLanes], y[kLanes];                       // the next knot
+  T share_width[kLanes], share_height[kLanes];             // of a softmax's terms
+  T x[kLanes], y[kLanes], x_rest[kLanes], y_rest[kLanes];  // the next knot
+  T left_rest[kLanes], bottom_rest[kLanes];
   T left[kLanes], width[kLanes], bottom[kLanes], height[kLanes];
   T number0[kLanes], number1[kLanes];  // what the slopes at its ends are made of
   T index[kLanes];
@@ -31,13 +32,15 @@ struct alignas(64) Pieces {
 
 template <class T>
 FASTVAE_HD Piece<T> piece_of(const SplineScale<T>& scale, T left, T width, T bottom, T height,
-                             T number0, T number1, T index) {
+                             T number0, T number1, T index, T left_rest, T bottom_rest) {
   return {left,
           width,
           bottom,
           height,
           index == scale.first ? T(1) : spline_slope(number0, scale.min_slope),
-          index == scale.last ? T(1) : spline_slope(number1, scale.min_slope)};
+          index == scale.last ? T(1) : spline_slope(number1, scale.min_slope),
+          left_rest,
+          bottom_rest};
 }
 
 // e^(number - max) in place, and gain over their sum.
@@ -72,11 +75,13 @@ FASTVAE_CLONES void find_pieces(const SplineScale<T>& all, const T* v, const Lan
   const T *share_width = p.share_width, *share_height = p.share_height;
   T *x = p.x, *y = p.y, *left = p.left, *width = p.width, *bottom = p.bottom, *height = p.height;
   T *number0 = p.number0, *number1 = p.number1, *index = p.index;
+  T *x_rest = p.x_rest, *y_rest = p.y_rest, *left_rest = p.left_rest, *bottom_rest = p.bottom_rest;
   const SplineScale<T> scale = all;  // in registers: nothing written below may change it
 #pragma omp simd
   for (int i = 0; i < kLanes; ++i) {
     at[i] = v[i] - scale.turns(v[i]);
     x[i] = y[i] = -scale.bound;
+    x_rest[i] = y_rest[i] = T(0);
   }
   for (int64_t k = 0; k < n; ++k) {
     const T *w = widths[k].at, *h = heights[k].at;
@@ -94,9 +99,21 @@ FASTVAE_CLONES void find_pieces(const SplineScale<T>& all, const T* v, const Lan
       number0[i] = here ? before[i] : number0[i];
       number1[i] = here ? after[i] : number1[i];
       index[i] = here ? k_th : index[i];
-      x[i] += w_k;
-      y[i] += h_k;
+      left_rest[i] = here ? x_rest[i] : left_rest[i];
+      bottom_rest[i] = here ? y_rest[i] : bottom_rest[i];
+      const T next_x = x[i] + w_k, next_y = y[i] + h_k;
+      x_rest[i] += math::lost(x[i], w_k, next_x);
+      y_rest[i] += math::lost(y[i], h_k, next_y);
+      x[i] = next_x;
+      y[i] = next_y;
     }
+  }
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) {
+    left_rest[i] = knot_rest(left[i], left_rest[i], x[i], x_rest[i], scale.bound, scale.base_width,
+                             scale.gain_width, index[i]);
+    bottom_rest[i] = knot_rest(bottom[i], bottom_rest[i], y[i], y_rest[i], scale.bound,
+                               scale.base_height, scale.gain_height, index[i]);
   }
 }
 
@@ -114,10 +131,11 @@ FASTVAE_CLONES void follow_pieces(const SplineScale<T>& all, const T* v, const P
   const SplineScale<T> scale = all;
   const T *left = p.left, *width = p.width, *bottom = p.bottom, *height = p.height;
   const T *number0 = p.number0, *number1 = p.number1, *index = p.index;
+  const T *left_rest = p.left_rest, *bottom_rest = p.bottom_rest;
 #pragma omp simd
   for (int i = 0; i < kLanes; ++i) {
-    const Piece<T> piece =
-        piece_of(scale, left[i], width[i], bottom[i], height[i], number0[i], number1[i], index[i]);
+    const Piece<T> piece = piece_of(scale, left[i], width[i], bottom[i], height[i], number0[i],
+                                    number1[i], index[i], left_rest[i], bottom_rest[i]);
     const Values<T, 2> result =
         follow(piece, v[i], scale.turns(v[i]), scale.outside(v[i]), kInverse);
     to[i] = result.v[0];
@@ -148,14 +166,15 @@ FASTVAE_CLONES void differentiate_pieces(const SplineScale<T>& all, const T* v, 
   const SplineScale<T> scale = all;
   const T *left = p.left, *width = p.width, *bottom = p.bottom, *height = p.height;
   const T *number0 = p.number0, *number1 = p.number1, *index = p.index;
+  const T *left_rest = p.left_rest, *bottom_rest = p.bottom_rest;
   const T *share_width = p.share_width, *share_height = p.share_height;
   T *in = d.in, *to_number0 = d.number0, *to_number1 = d.number1;
   T *x_before = d.before[0], *x_here = d.here[0], *x_after = d.after[0];
   T *y_before = d.before[1], *y_here = d.here[1], *y_after = d.after[1];
 #pragma omp simd
   for (int i = 0; i < kLanes; ++i) {
-    const Piece<T> piece =
-        piece_of(scale, left[i], width[i], bottom[i], height[i], number0[i], number1[i], index[i]);
+    const Piece<T> piece = piece_of(scale, left[i], width[i], bottom[i], height[i], number0[i],
+                                    number1[i], index[i], left_rest[i], bottom_rest[i]);
     const T at = v[i] - scale.turns(v[i]);
     const bool outside = scale.outside(v[i]);
     const PiecePoint<T> point =

@@ -63,17 +63,25 @@ struct Traveller {
         number0(0),
         number1(0),
         index(0) {
-    T x = -scale.bound, y = -scale.bound;
+    T x = -scale.bound, y = -scale.bound, x_rest = T(0), y_rest = T(0);
     for (int64_t k = 0; k < s.bins; ++k) {
       const T width = scale.base_width + widths.term(k);
       const T height = scale.base_height + heights.term(k);
       if (k == 0 || !(v - turns < (s.inverse ? y : x))) {
         index = k;
         piece.left = x, piece.width = width, piece.bottom = y, piece.height = height;
+        piece.left_rest = x_rest, piece.bottom_rest = y_rest;
       }
-      x += width;
-      y += height;
+      const T next_x = x + width, next_y = y + height;
+      x_rest += math::lost(x, width, next_x);
+      y_rest += math::lost(y, height, next_y);
+      x = next_x;
+      y = next_y;
     }
+    piece.left_rest = knot_rest(piece.left, piece.left_rest, x, x_rest, scale.bound,
+                                scale.base_width, scale.gain_width, static_cast<T>(index));
+    piece.bottom_rest = knot_rest(piece.bottom, piece.bottom_rest, y, y_rest, scale.bound,
+                                  scale.base_height, scale.gain_height, static_cast<T>(index));
     const Numbers<T, Stored> slopes(s.slopes, row, column);
     const bool circular = s.circular;
     if (circular || index > 0) number0 = slopes[circular ? index : index - 1];

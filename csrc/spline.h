@@ -33,7 +33,8 @@ inline constexpr double kSteepest = 1e9;
 template <class T>
 struct Piece {
   T left, width, bottom, height;
-  T slope0, slope1;  // at its ends
+  T slope0, slope1;          // at its ends
+  T left_rest, bottom_rest;  // what left and bottom lost when they were rounded
 };
 
 // d loss / d of a piece, and of what went into it.
@@ -53,11 +54,11 @@ struct PiecePoint {
 
   // At x; or, of the inverse, where y comes from.
   static FASTVAE_HD PiecePoint at(const Piece<T>& p, T x) {
-    const T theta = within((x - p.left) / p.width);
+    const T theta = within(((x - p.left) - p.left_rest) / p.width);
     return PiecePoint(p, theta, T(1) - theta);
   }
   static FASTVAE_HD PiecePoint from(const Piece<T>& p, T y) {
-    const T xi = within((y - p.bottom) / p.height), eta = T(1) - xi;
+    const T xi = within(((y - p.bottom) - p.bottom_rest) / p.height), eta = T(1) - xi;
     const T steep = p.width / p.height, a = p.slope0 * steep, b = p.slope1 * steep;
     const T tilt = a * eta - b * xi;
     const T root = T(0.5) * (math::abs(tilt) + math::sqrt(tilt * tilt + T(4) * xi * eta));
@@ -76,8 +77,10 @@ struct PiecePoint {
     bend = b * (theta * theta) + T(2) * mixed + a * (rest * rest);
   }
 
-  FASTVAE_HD T x(const Piece<T>& p) const { return p.left + p.width * theta; }
-  FASTVAE_HD T y(const Piece<T>& p) const { return p.bottom + p.height * (low * inverse); }
+  FASTVAE_HD T x(const Piece<T>& p) const { return p.left + (p.width * theta + p.left_rest); }
+  FASTVAE_HD T y(const Piece<T>& p) const {
+    return p.bottom + (p.height * (low * inverse) + p.bottom_rest);
+  }
   FASTVAE_HD T log_slope(const Piece<T>& p) const {
     return math::log(p.height / p.width * ((bend * inverse) * inverse));
   }
@@ -143,6 +146,16 @@ struct SplineSweep {
 
   FASTVAE_HD int64_t slope_count() const { return circular ? bins : bins - 1; }
 };
+
+// A knot is a sum of sizes, which is as good as an ulp of the bound, and may be a thousand ulp of a
+// narrow piece. So its rest is kept too: what the additions lost (math::lost), and what the sizes
+// have of a common error, the sum's and the division's of their softmax. Together they make 2 B: by
+// as much as they do not, less the part that is no softmax's, every knot is off.
+template <class T>
+FASTVAE_HD T knot_rest(T knot, T rest, T end, T end_rest, T bound, T base, T gain, T index) {
+  const T excess = (end - bound) + end_rest;
+  return rest - excess * ((knot + bound - index * base) / gain);
+}
 
 // The numbers of a sweep in its type. Piece k is base + share e^(w_k - max) wide, share = gain /
 // sum.

@@ -54,14 +54,14 @@ def rational_quadratic_spline(
     a = pick(slopes[..., :bins]) * (width / height)
     b = pick(slopes[..., 1:]) * (width / height)
     if inverse:
-        xi = ((at - bottom) / height).clamp(0.0, 1.0)
+        xi = _within((at - bottom) / height)
         eta = 1.0 - xi
         tilt = a * eta - b * xi
         root = 0.5 * (tilt.abs() + torch.sqrt(tilt * tilt + 4.0 * xi * eta))
         ahead, behind = torch.where(tilt < 0.0, root, xi), torch.where(tilt < 0.0, eta, root)
         theta, rest = ahead / (ahead + behind), behind / (ahead + behind)
     else:
-        theta = ((at - left) / width).clamp(0.0, 1.0)
+        theta = _within((at - left) / width)
         rest = 1.0 - theta
     low, high = theta * theta + a * theta * rest, rest * rest + b * theta * rest
     bend = b * theta * theta + 2.0 * theta * rest + a * rest * rest
@@ -70,6 +70,11 @@ def rational_quadratic_spline(
     y = torch.where(outside, v, y + turns)
     log_slope = torch.where(outside, 0.0, -log_slope if inverse else log_slope)
     return y.to(x.dtype), log_slope.sum(-1)
+
+
+def _within(x: Tensor) -> Tensor:
+    """In [0, 1], where it is but for rounding, and with the gradient of x there too."""
+    return x + (x.clamp(0.0, 1.0) - x).detach()
 
 
 def _bins(numbers: Tensor, bound: float, smallest: float) -> tuple[Tensor, Tensor]:
