@@ -663,8 +663,8 @@ _OF_PAIRS: dict[torch.dtype, float] = {
 _OF_STEPS: dict[torch.dtype, float] = {**_OF_PAIRS, torch.float32: 1e-5}
 
 
-# A bin is as good as an exponential, two ulp, and so are knots: of a narrow bin beside wide ones that
-# is a hundred ulp, on which gradients depend. (Eager PyTorch is ten times further off.)
+# A bin is as good as an exponential, two ulp, and so are knots: of a narrow bin beside wide ones
+# that is a hundred ulp, on which gradients depend. (Eager PyTorch is ten times further off.)
 _OF_SPLINES: dict[torch.dtype, float] = {**_OF_PAIRS, torch.float32: 2e-4}
 
 
