@@ -8,7 +8,7 @@ namespace fastvae {
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
   define_row_sum<BernoulliLogProb>(m);
   define_row_sum<ContinuousBernoulliLogProb>(m);
-  define_row_sum<LaplaceLogProb, LogScale, Scale, Softplus>(m);
+  define_row_sum<LaplaceLogProb, LogScale, LogVar, Scale, Softplus>(m);
 }
 
 }  // namespace fastvae

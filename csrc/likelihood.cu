@@ -6,6 +6,7 @@ namespace fastvae::cuda {
 
 FASTVAE_INSTANTIATE(BernoulliLogProb)
 FASTVAE_INSTANTIATE(ContinuousBernoulliLogProb)
+FASTVAE_INSTANTIATE(LaplaceLogProb<LogVar>)
 FASTVAE_INSTANTIATE(LaplaceLogProb<LogScale>)
 FASTVAE_INSTANTIATE(LaplaceLogProb<Scale>)
 FASTVAE_INSTANTIATE(LaplaceLogProb<Softplus>)

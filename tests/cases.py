@@ -1288,6 +1288,7 @@ SCALES: tuple[Case, ...] = (
     _given_by("gaussian_log_prob", "log_scale"),
     _given_by("gaussian_log_prob", "scale", alone=True),
     _given_by("gaussian_log_prob", "softplus"),
+    _given_by("laplace_log_prob", "log_var"),
     _given_by("laplace_log_prob", "scale", alone=True),
     _given_by("laplace_log_prob", "softplus"),
     _given_by("discretized_logistic_log_prob", "log_var"),

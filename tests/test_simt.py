@@ -345,9 +345,8 @@ def with_scale(name):
         ),
         **row_sum(f"GaussianLogProb<{name}>", gaussian_log_prob, 3, low=low),
         **row_sum(f"DiscretizedLogistic<{name}>", bin_log_prob, 3, low=low, parameter=255.0),
+        **row_sum(f"LaplaceLogProb<{name}>", laplace_log_prob, 3, low=low),
     }
-    if name != "LogVar":
-        formulas |= row_sum(f"LaplaceLogProb<{name}>", laplace_log_prob, 3, low=low)
     for suffix, parameter, standard, prior in (
         ("", 0.0, standard_kl, prior_kl),
         (", true", FREE_BITS, free(standard_kl), free(prior_kl)),

@@ -80,7 +80,9 @@ def laplace_log_prob(
         x, mu, log_scale: ``[..., D]``, broadcast together and not copied. A scale of shape ``[1]``
             is shared by all.
         parameterization: what ``log_scale`` holds: ``"log_scale"``, :math:`s` of :math:`b = e^s`;
-            ``"scale"``, b itself; ``"softplus"``, of :math:`b = \log(1 + e^s)`.
+            ``"log_var"``, of :math:`b = e^{s/2}`, so that s is :math:`\log b^2` as of a Gaussian
+            (the variance of a Laplace is :math:`2 b^2`); ``"scale"``, b itself; ``"softplus"``,
+            of :math:`b = \log(1 + e^s)`.
 
     Returns:
         Nats per row, ``[...]``; float32 for half types. The gradient at ``x = mu`` is 0.

@@ -49,7 +49,7 @@ def continuous_bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
 def laplace_log_prob(
     x: Tensor, mu: Tensor, log_scale: Tensor, parameterization: str = "log_scale"
 ) -> Tensor:
-    scale = scale_map("laplace_log_prob", parameterization, default="log_scale")
+    scale = scale_map("laplace_log_prob", parameterization)
     x, mu, s = _compute(x, mu, log_scale)
     mean = x == mu  # there 0, not 0 * inf
     deviation = torch.where(mean, 0.0, (x - mu).abs() * scale.any_inverse_sigma(s))

@@ -109,9 +109,8 @@ class ScaleMap:
         return torch.where(log_r.isnan(), log_r, _excess(f, log_r))
 
 
-def scale_map(op: str, parameterization: str, default: str = "log_var") -> ScaleMap:
-    maps = ("log_var", "log_scale", "scale", "softplus")
-    known = maps[maps.index(default) :]
+def scale_map(op: str, parameterization: str) -> ScaleMap:
+    known = ("log_var", "log_scale", "scale", "softplus")
     if parameterization not in known:
         raise ValueError(
             f"fastvae::{op}: parameterization must be one of {', '.join(known)}, "
