@@ -113,6 +113,7 @@ class Case:
     eager_bytes: Callable[[Shape], int] = lambda sizes: 0  # of the largest tensor written by hand
     unrolls: Callable[[Shape], bool] = lambda sizes: False  # torch.compile would take minutes
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # other packages' own
+    row_rtol: float = 1e-6  # of float32 row sums, at inputs as a trained model gives them
     others: tuple[str, ...] = ()  # peers whose function is another one, timed all the same
     approximate: str = ""  # why the formula written by hand is timed though it is off
     # max |value - float64 reference| / (|reference| + atol) per dtype
@@ -1174,6 +1175,7 @@ def _spline(inverse: bool = False, circular: bool = False) -> Case:
         no_broadcast=OWN_SHAPES,
         wired_as="rational_quadratic_spline" if inverse or circular else "",
         mixes="several numbers make a column, and nothing else is mixed",
+        row_rtol=2e-6,  # without FMA, as on x86-64-v2, exponentials and sizes are rounded twice
         rtol=_OF_SPLINES,
     )
 

@@ -103,7 +103,7 @@ def test_row_sums_have_six_digits(case, device, key):
     )
     for out, ref, kind in zip(case.call(inputs, key), expected, case.outputs, strict=True):
         if kind == "row":
-            assert_close(out, ref, 1e-6, kind)
+            assert_close(out, ref, case.row_rtol, kind)
 
 
 @each_case
