@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import affine_coupling
-from .transform import Transform
+from .transform import Transform, no_determinant
 
 __all__ = ["ActNorm", "Permutation"]
 
@@ -81,17 +81,12 @@ class Permutation(Transform):
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return z.index_select(-1, self.order), _no_determinant(z)
+        return z.index_select(-1, self.order), no_determinant(z)
 
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return x.index_select(-1, self.back), _no_determinant(x)
+        return x.index_select(-1, self.back), no_determinant(x)
 
     def extra_repr(self) -> str:
         return f"dim={self.order.shape[0]}, random={self.random}"
-
-
-def _no_determinant(x: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_zeros(x.shape[:-1], dtype=wide)

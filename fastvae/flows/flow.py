@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import gaussian_log_prob
-from .transform import Transform
+from .transform import Transform, no_determinant
 
 __all__ = ["Flow", "StandardNormal"]
 
@@ -79,21 +79,21 @@ class Flow(nn.Module):
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(x, log_det)`` through all transforms."""
-        total: Tensor | None = None
+        total = no_determinant(z)
         for transform in self._chain():
             z, log_det = transform.forward_and_log_det(z, context)
-            total = log_det if total is None else total + log_det
-        return z, z.new_zeros(z.shape[:-1]) if total is None else total
+            total = total + log_det
+        return z, total
 
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(z, log_det)`` back through all transforms."""
-        total: Tensor | None = None
+        total = no_determinant(x)
         for transform in reversed(self._chain()):
             x, log_det = transform.inverse_and_log_det(x, context)
-            total = log_det if total is None else total + log_det
-        return x, x.new_zeros(x.shape[:-1]) if total is None else total
+            total = total + log_det
+        return x, total
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Nats per row, ``[...]``, of ``x``, ``[..., D]``."""

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Transform"]
+__all__ = ["Transform", "no_determinant"]
+
+
+def no_determinant(x: Tensor) -> Tensor:
+    """The log-determinant, 0, of a map that keeps volumes: ``[...]`` of rows ``[..., D]``."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_zeros(x.shape[:-1], dtype=wide)
 
 
 class Transform(nn.Module):
