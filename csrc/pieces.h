@@ -117,14 +117,6 @@ FASTVAE_CLONES void find_pieces(const SplineScale<T>& all, const T* v, const Lan
   }
 }
 
-template <class T>
-FASTVAE_HD Values<T, 2> follow(const Piece<T>& p, T v, T turns, bool outside, bool inverse) {
-  const T at = v - turns;
-  const PiecePoint<T> point = inverse ? PiecePoint<T>::from(p, at) : PiecePoint<T>::at(p, at);
-  const T to = (inverse ? point.x(p) : point.y(p)) + turns, log = point.log_slope(p);
-  return {{outside ? v : to, outside ? T(0) : (inverse ? -log : log)}};
-}
-
 template <class T, bool kInverse>
 FASTVAE_CLONES void follow_pieces(const SplineScale<T>& all, const T* v, const Pieces<T>& p, T* to,
                                   T* log_slope) {
@@ -150,14 +142,6 @@ struct alignas(64) PieceGradients {
   T before[2][kLanes], here[2][kLanes], after[2][kLanes];  // of the pieces left of it, it, right
   T number0[kLanes], number1[kLanes];
 };
-
-// What a softmax's terms before the piece, at it and after it get, of [width, height]: a term is as
-// good as another but for how it moves the piece, so their weighted mean is taken off.
-template <class T>
-FASTVAE_HD Values<T, 3> of_terms(T d_start, T d_size, T start, T size, T index, T base, T gain) {
-  const T mean = (d_start * (start - index * base) + d_size * (size - base)) / gain;
-  return {{d_start - mean, d_size - mean, -mean}};
-}
 
 template <class T, bool kInverse>
 FASTVAE_CLONES void differentiate_pieces(const SplineScale<T>& all, const T* v, const T* grad,

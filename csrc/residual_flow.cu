@@ -46,14 +46,6 @@ struct FlowPlan {
   }
 };
 
-__device__ __forceinline__ int64_t warp_of_grid() {
-  return (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
-}
-__device__ __forceinline__ int64_t warps_of_grid() {
-  return gridDim.x * static_cast<int64_t>(blockDim.x) / kWarp;
-}
-__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
-
 // A line as it was given.
 template <class F, class T, class Stored>
 struct GivenLine {

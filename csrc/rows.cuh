@@ -170,6 +170,16 @@ __device__ __forceinline__ Values<T, F::kValues> evaluate(const T (&arguments)[s
   return F::template eval<T>(arguments[A]..., static_cast<T>(s.parameters[P])...);
 }
 
+// ---- warps of a grid ---------------------------------------------------------------------------
+
+__device__ __forceinline__ int64_t warp_of_grid() {
+  return (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
+}
+__device__ __forceinline__ int64_t warps_of_grid() {
+  return gridDim.x * static_cast<int64_t>(blockDim.x) / kWarp;
+}
+__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
+
 // ---- the sum over a team ----------------------------------------------------------------------
 
 // Every lane gets the sum over its aligned group of `width` lanes, a power of two.

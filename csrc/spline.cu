@@ -115,13 +115,9 @@ __global__ void __launch_bounds__(kSplineBlock, kSplineBlocks)
       s, threads,
       [&](int64_t row, int64_t column) {
         const Traveller<T, Stored> at(s, scale, row, column);
-        const T v = at.v - at.turns;
-        const PiecePoint<T> point =
-            s.inverse ? PiecePoint<T>::from(at.piece, v) : PiecePoint<T>::at(at.piece, v);
-        const T to = (s.inverse ? point.x(at.piece) : point.y(at.piece)) + at.turns;
-        const T log = point.log_slope(at.piece);
-        store(static_cast<Stored*>(s.y)[row * s.columns + column], at.outside ? at.v : to);
-        sum += at.outside ? T(0) : (s.inverse ? -log : log);
+        const Values<T, 2> to = follow(at.piece, at.v, at.turns, at.outside, s.inverse);
+        store(static_cast<Stored*>(s.y)[row * s.columns + column], to.v[0]);
+        sum += to.v[1];
       },
       [&](int64_t row) {
         const double total = warp_sum(sum, threads);
@@ -137,10 +133,10 @@ template <class T, class Stored>
 __device__ __forceinline__ void spread(const Shares<T, Stored>& shares, bool outside, int64_t index,
                                        int64_t bins, T d_start, T d_size, T start, T size, T base,
                                        T gain, Stored* to) {
-  const T mean = (d_start * (start - static_cast<T>(index) * base) + d_size * (size - base)) / gain;
+  const Values<T, 3> d = of_terms(d_start, d_size, start, size, static_cast<T>(index), base, gain);
   for (int64_t k = 0; k < bins; ++k) {
-    const T own = k < index ? d_start : (k == index ? d_size : T(0));
-    store(to[k], outside ? T(0) : shares.term(k) * (own - mean));
+    const T own = k < index ? d.v[0] : (k == index ? d.v[1] : d.v[2]);
+    store(to[k], outside ? T(0) : shares.term(k) * own);
   }
 }
 

@@ -118,6 +118,23 @@ struct PiecePoint {
   }
 };
 
+// An element through its piece, and log dy/dx of that, or log dx/dy.
+template <class T>
+FASTVAE_HD Values<T, 2> follow(const Piece<T>& p, T v, T turns, bool outside, bool inverse) {
+  const T at = v - turns;
+  const PiecePoint<T> point = inverse ? PiecePoint<T>::from(p, at) : PiecePoint<T>::at(p, at);
+  const T to = (inverse ? point.x(p) : point.y(p)) + turns, log = point.log_slope(p);
+  return {{outside ? v : to, outside ? T(0) : (inverse ? -log : log)}};
+}
+
+// What a softmax's terms before the piece, at it and after it get, of [width, height]: a term is as
+// good as another but for how it moves the piece, so their weighted mean is taken off.
+template <class T>
+FASTVAE_HD Values<T, 3> of_terms(T d_start, T d_size, T start, T size, T index, T base, T gain) {
+  const T mean = (d_start * (start - index * base) + d_size * (size - base)) / gain;
+  return {{d_start - mean, d_size - mean, -mean}};
+}
+
 // A slope, of its number; and the derivative.
 template <class T>
 FASTVAE_HD T spline_slope(T s, T min_slope) {

@@ -41,16 +41,6 @@ struct ProductPlan {
   }
 };
 
-struct ProductLane {
-  int64_t warp, warps;
-  int lane;
-
-  __device__ __forceinline__ ProductLane()
-      : warp((blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp),
-        warps(gridDim.x * static_cast<int64_t>(blockDim.x) / kWarp),
-        lane(static_cast<int>(threadIdx.x) % kWarp) {}
-};
-
 // A line, and where its parts lie.
 template <class T>
 struct ProductLine {
@@ -84,32 +74,31 @@ template <class T>
 __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
     sylvester_forward_kernel(const ProductPlan<T> plan) {
   const SylvesterSweep& s = plan.s;
-  const ProductLane at;
-  for (int64_t row = at.warp; row < s.rows; row += at.warps) {
+  for (int64_t row = warp_of_grid(); row < s.rows; row += warps_of_grid()) {
     T *z = plan.states + row % plan.warps * s.dims, *h = plan.bends + row % plan.warps * s.rank;
     __syncwarp();  // the other lanes may still read the row before
-    for (int64_t c = at.lane; c < s.dims; c += kWarp) {
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       z[c] = static_cast<const T*>(s.z)[row * s.dims + c];
     }
     double log_det = 0;
     for (int64_t k = 0; k < s.steps; ++k) {
       const ProductLine<T> line(s, row, k);
       __syncwarp();
-      for (int64_t m = at.lane; m < s.rank; m += kWarp) {
+      for (int64_t m = lane_of_warp(); m < s.rank; m += kWarp) {
         const auto step = line.step(column(z, s.dims, line.in, s.rank_width, m), m);
         h[m] = step.there;
         log_det += step.log_det;
       }
       __syncwarp();
-      for (int64_t c = at.lane; c < s.dims; c += kWarp) {
+      for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
         z[c] += column(h, s.rank, line.out_t, s.width, c);
       }
     }
-    for (int64_t c = at.lane; c < s.dims; c += kWarp) {
+    for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       static_cast<T*>(s.out)[row * s.dims + c] = z[c];
     }
     log_det = warp_sum(log_det, kWarp);
-    if (at.lane == 0) static_cast<T*>(s.log_det)[row] = static_cast<T>(log_det);
+    if (lane_of_warp() == 0) static_cast<T*>(s.log_det)[row] = static_cast<T>(log_det);
   }
 }
 
@@ -187,9 +176,8 @@ __device__ void walk_products_back(const ProductPlan<T>& plan, int64_t warp, int
 template <class T>
 __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
     sylvester_backward_kernel(const ProductPlan<T> plan) {
-  const ProductLane at;
-  for (int64_t warp = at.warp; warp < plan.warps; warp += at.warps) {
-    walk_products_back(plan, warp, at.lane);
+  for (int64_t warp = warp_of_grid(); warp < plan.warps; warp += warps_of_grid()) {
+    walk_products_back(plan, warp, lane_of_warp());
   }
 }
 
