@@ -129,8 +129,9 @@ def read(path: Path) -> Checkpoint:
 def read_model(path: Path) -> models.Model:
     """The model of a checkpoint, on the CPU, in eval mode.
 
-    >>> model = fastvae.checkpoint.read_model(Path("runs/vae-digits/checkpoint.safetensors"))
-    >>> images = model.sample(4)
+    >>> path = pathlib.Path("runs/vae-digits/checkpoint.safetensors")
+    >>> model = fastvae.checkpoint.read_model(path)  # doctest: +SKIP
+    >>> images = model.sample(4)  # doctest: +SKIP
     """
     return read(path).build_model().eval()
 

@@ -21,7 +21,7 @@ def require(module: str) -> ModuleType:
     Raises:
         MissingExtraError: if its package is not installed.
 
-    >>> require("tqdm").__name__
+    >>> fastvae.extras.require("tqdm").__name__
     'tqdm'
     """
     try:

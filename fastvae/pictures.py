@@ -21,7 +21,7 @@ def mosaic(images: Tensor, image_shape: tuple[int, int], columns: int) -> Tensor
 
     The gaps and unfilled places are NaN, which a picture shows as background.
 
-    >>> mosaic(torch.zeros(10, 64), (8, 8), columns=5).shape
+    >>> fastvae.pictures.mosaic(torch.zeros(10, 64), (8, 8), columns=5).shape
     torch.Size([17, 44])
     """
     height, width = image_shape

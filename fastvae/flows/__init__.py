@@ -5,25 +5,47 @@ A transform goes from noise to data: :meth:`~Transform.forward_and_log_det` make
 The kernels under them are functions of :mod:`fastvae.functional`, for use in modules of your own.
 """
 
-from .coupling import AffineCoupling, Coupling, SplineCoupling, mlp
-from .elementwise import ActNorm, Permutation
+from .autoregressive import MADE, AffineAutoregressive, Autoregressive, SplineAutoregressive
+from .coupling import AffineCoupling, Conditional, Coupling, SplineCoupling
+from .element import Affine, Element, Spline
+from .elementwise import ActNorm, BatchNorm, Permutation
 from .flow import Flow, StandardNormal
-from .recipes import nsf, realnvp
+from .image import Multiscale
+from .linear import Householder, Linear
+from .networks import conv_net, mlp
+from .recipes import glow_like, iaf_posterior, maf, nsf, planar_posterior, realnvp
 from .residual import Planar, Radial
 from .transform import Transform
 
 __all__ = [
+    "MADE",
     "ActNorm",
+    "Affine",
+    "AffineAutoregressive",
     "AffineCoupling",
+    "Autoregressive",
+    "BatchNorm",
+    "Conditional",
     "Coupling",
+    "Element",
     "Flow",
+    "Householder",
+    "Linear",
+    "Multiscale",
     "Permutation",
     "Planar",
     "Radial",
+    "Spline",
+    "SplineAutoregressive",
     "SplineCoupling",
     "StandardNormal",
     "Transform",
+    "conv_net",
+    "glow_like",
+    "iaf_posterior",
+    "maf",
     "mlp",
     "nsf",
+    "planar_posterior",
     "realnvp",
 ]

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..functional import affine_coupling, rational_quadratic_spline
+from .element import Affine, Element, Spline
+from .networks import Conditioner, mlp, network_for
 from .transform import Transform
 
-__all__ = ["AffineCoupling", "Coupling", "SplineCoupling", "mlp"]
-
-Conditioner = Callable[[int, int], nn.Module]  # (inputs, outputs) -> a network
-
-
-class Perceptron(nn.Module):
-    """Affine maps with an activation between them, the last of which starts at zero."""
-
-    def __init__(
-        self, inputs: int, hidden: Sequence[int], outputs: int, activation: type[nn.Module]
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise((inputs, *hidden)):
-            layers += [nn.Linear(fan_in, fan_out), activation()]
-        self.hidden = nn.Sequential(*layers)
-        self.last = nn.Linear((inputs, *hidden)[-1], outputs)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.hidden(x))  # type: ignore[no-any-return]
-
-
-def mlp(hidden: Sequence[int] = (64, 64), activation: type[nn.Module] = nn.ReLU) -> Conditioner:
-    """Makes perceptrons whose last layer starts at zero, so that a flow starts simple.
-
-    >>> fastvae.flows.mlp((8,))(2, 3)(torch.ones(1, 2))
-    tensor([[0., 0., 0.]], grad_fn=<AddmmBackward0>)
-    """
-
-    return lambda inputs, outputs: Perceptron(inputs, hidden, outputs, activation)
+__all__ = ["AffineCoupling", "Conditional", "Coupling", "SplineCoupling"]
 
 
 class Coupling(Transform):
-    """What couplings share: ``passing`` of D columns pass, the others move.
+    """``passing`` of D columns pass; the others move as these say.
 
     Args:
         dim: D.
-        parameters: of each column that moves.
+        element: moves a column: :class:`Affine`, :class:`Spline`, or your own :class:`Element`.
         flip: the last columns pass, not the first: alternate.
         passing: how many pass; default: half of D, rounded up.
         context_dim: C, of the ``context`` that the network sees too; default: none.
@@ -61,7 +29,7 @@ class Coupling(Transform):
     def __init__(
         self,
         dim: int,
-        parameters: int,
+        element: Element,
         *,
         flip: bool = False,
         passing: int | None = None,
@@ -72,39 +40,22 @@ class Coupling(Transform):
         name = type(self).__name__
         if dim < 2:
             raise ValueError(f"{name}: dim must be at least 2, got {dim}")
-        self.dim, self.parameters_each, self.flip = dim, parameters, flip
+        self.dim, self.element, self.flip, self.context_dim = dim, element, flip, context_dim
         self.passing = (dim + 1) // 2 if passing is None else passing
         if not 0 < self.passing < dim:
             raise ValueError(f"{name}: passing must be within 1 and {dim - 1}, got {passing}")
         self.moving = dim - self.passing
-        self.context_dim = context_dim
-        make = mlp() if conditioner is None else conditioner
-        self.conditioner = make(self.passing + context_dim, self.moving * parameters)
-
-    def transform(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Moves ``x``, ``[..., moving]``, by ``numbers``, ``[..., moving, parameters]``."""
-        raise NotImplementedError
+        inputs = self.passing + context_dim
+        self.conditioner = network_for(conditioner, inputs, element, self.moving)
 
     def _couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        if x.shape[-1] != self.dim:
-            raise ValueError(
-                f"{type(self).__name__}: x must be [..., {self.dim}], got {list(x.shape)}"
-            )
+        context = self.check(x, context)
         if self.flip:
             moving, passing = x.split([self.moving, self.passing], -1)
         else:
             passing, moving = x.split([self.passing, self.moving], -1)
-        given = passing
-        if self.context_dim:
-            if context is None or context.shape[-1] != self.context_dim:
-                shape = None if context is None else list(context.shape)
-                raise ValueError(
-                    f"{type(self).__name__}: context must be [..., {self.context_dim}], got {shape}"
-                )
-            given = torch.cat([passing, context.expand(*passing.shape[:-1], -1)], -1)
-        numbers = self.conditioner(given)
-        numbers = numbers.unflatten(-1, (self.moving, self.parameters_each))
-        moved, log_det = self.transform(moving, numbers, inverse)
+        given = passing if context is None else torch.cat([passing, context], -1)
+        moved, log_det = self.element(moving, self.conditioner(given), inverse)
         return torch.cat([moved, passing] if self.flip else [passing, moved], -1), log_det
 
     def forward_and_log_det(
@@ -118,8 +69,7 @@ class Coupling(Transform):
         return self._couple(x, context, inverse=True)
 
     def extra_repr(self) -> str:
-        text = f"dim={self.dim}, passing={self.passing}, flip={self.flip}"
-        return text + (f", context_dim={self.context_dim}" if self.context_dim else "")
+        return f"{super().extra_repr()}, passing={self.passing}, flip={self.flip}, {self.element}"
 
 
 class AffineCoupling(Coupling):
@@ -135,37 +85,8 @@ class AffineCoupling(Coupling):
     >>> x, log_det = coupling.forward_and_log_det(torch.randn(3, 4))
     """
 
-    def __init__(
-        self,
-        dim: int,
-        kind: str = "tanh_exp",
-        *,
-        flip: bool = False,
-        passing: int | None = None,
-        context_dim: int = 0,
-        conditioner: Conditioner | None = None,
-    ) -> None:
-        super().__init__(
-            dim,
-            1 if kind == "additive" else 2,
-            flip=flip,
-            passing=passing,
-            context_dim=context_dim,
-            conditioner=conditioner,
-        )
-        kinds = ("exp", "tanh_exp", "sigmoid", "gated", "additive")
-        if kind not in kinds:
-            raise ValueError(f"AffineCoupling: kind must be one of {', '.join(kinds)}, got {kind}")
-        self.kind = kind
-
-    def transform(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self.kind == "additive":
-            return affine_coupling(x, numbers.squeeze(-1), inverse=inverse)
-        shift, scale = numbers.unbind(-1)
-        return affine_coupling(x, shift, scale, kind=self.kind, inverse=inverse)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, kind={self.kind}"
+    def __init__(self, dim: int, kind: str = "tanh_exp", **others: Any) -> None:
+        super().__init__(dim, Affine(kind), **others)
 
 
 class SplineCoupling(Coupling):
@@ -181,42 +102,50 @@ class SplineCoupling(Coupling):
     >>> x, log_det = coupling.forward_and_log_det(torch.randn(3, 4))
     """
 
+    def __init__(self, dim: int, bins: int = 8, bound: float = 3.0, **others: Any) -> None:
+        super().__init__(dim, Spline(bins, bound), **others)
+
+
+class Conditional(Transform):
+    """All columns move as the context alone says: of N(0, I) an :class:`Affine` one makes the
+    diagonal Gaussian of a recognition network.
+
+    Args:
+        dim: D.
+        context_dim: C.
+        element: moves a column; default: ``Affine("exp")``, :math:`x = e^s z + t`.
+        conditioner: makes the network of its numbers of inputs and outputs; default: one linear
+            layer.
+
+    >>> transform = fastvae.flows.Conditional(4, context_dim=3)
+    >>> x, log_det = transform.forward_and_log_det(torch.randn(5, 4), torch.randn(5, 3))
+    """
+
     def __init__(
         self,
         dim: int,
-        bins: int = 8,
-        bound: float = 3.0,
-        *,
-        flip: bool = False,
-        passing: int | None = None,
-        context_dim: int = 0,
+        context_dim: int,
+        element: Element | None = None,
         conditioner: Conditioner | None = None,
     ) -> None:
-        if bins < 1:
-            raise ValueError(f"SplineCoupling: bins must be positive, got {bins}")
-        super().__init__(
-            dim,
-            3 * bins - 1,
-            flip=flip,
-            passing=passing,
-            context_dim=context_dim,
-            conditioner=conditioner,
-        )
-        self.bins, self.bound = bins, bound
-        if isinstance(self.conditioner, Perceptron):
-            self._start_as_identity(self.conditioner)
+        super().__init__()
+        if dim < 1 or context_dim < 1:
+            raise ValueError(
+                f"Conditional: dim and context_dim must be positive, got {dim} and {context_dim}"
+            )
+        self.dim, self.context_dim = dim, context_dim
+        self.element = Affine("exp") if element is None else element
+        self.conditioner = network_for(conditioner or mlp(()), context_dim, self.element, dim)
 
-    @torch.no_grad()
-    def _start_as_identity(self, network: Perceptron) -> None:
-        """Bins that are equal, and slopes of 1 = 0.001 + softplus(s)."""
-        bias = network.last.bias.view(self.moving, self.parameters_each)
-        bias[:, 2 * self.bins :] = math.log(math.expm1(1.0 - 1e-3))
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.element(z, self.conditioner(self.check(z, context)), inverse=False)
 
-    def transform(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        widths, heights, derivatives = numbers.split([self.bins, self.bins, self.bins - 1], -1)
-        return rational_quadratic_spline(
-            x, widths, heights, derivatives, bound=self.bound, inverse=inverse
-        )
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.element(x, self.conditioner(self.check(x, context)), inverse=True)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bins={self.bins}, bound={self.bound}"
+        return f"{super().extra_repr()}, {self.element}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,6 +43,10 @@ class StandardNormal(nn.Module):
         return f"dim={self.dim}"
 
 
+def _total(log_dets: list[Tensor], x: Tensor) -> Tensor:
+    return functools.reduce(torch.add, log_dets) if log_dets else no_determinant(x)
+
+
 class Flow(nn.Module):
     r"""The density of :math:`x = f_K(\dots f_1(z))` for z of a base density.
 
@@ -79,24 +84,24 @@ class Flow(nn.Module):
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(x, log_det)`` through all transforms."""
-        total = no_determinant(z)
+        log_dets = []
         for transform in self._chain():
             z, log_det = transform.forward_and_log_det(z, context)
-            total = total + log_det
-        return z, total
+            log_dets.append(log_det)
+        return z, _total(log_dets, z)
 
     def inverse_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(z, log_det)`` back through all transforms."""
-        total = no_determinant(x)
+        log_dets = []
         for transform in reversed(self._chain()):
             x, log_det = transform.inverse_and_log_det(x, context)
-            total = total + log_det
-        return x, total
+            log_dets.append(log_det)
+        return x, _total(log_dets, x)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Nats per row, ``[...]``, of ``x``, ``[..., D]``."""
+        """Nats per row, ``[...]``, of ``x``, ``[..., D]`` (or as transforms make of such rows)."""
         z, log_det = self.inverse_and_log_det(x, context)
         return self.base.log_prob(z) + log_det  # type: ignore[no-any-return]
 

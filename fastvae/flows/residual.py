@@ -1,6 +1,10 @@
-"""Residual flows as transforms: stacks of planar or radial steps, shared by all rows."""
+"""Residual flows as transforms: stacks of planar or radial steps, in one launch."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,64 +12,106 @@ from torch import Tensor, nn
 from ..functional import planar_flow, radial_flow
 from .transform import Transform
 
-__all__ = ["Planar", "Radial"]
+__all__ = ["FAMILIES", "Family", "Planar", "Radial"]
+
+
+class Family(NamedTuple):
+    """Steps of which each has vectors of the size of z and numbers, in this order in one row."""
+
+    flow: Callable[..., tuple[Tensor, Tensor]]  # (z, *vectors, *numbers) -> z, log_det
+    vectors: int
+    numbers: int
+    identity: Callable[[int, int], Tensor]  # (steps, size of z) -> the rows that move nothing
+
+    def size(self, dim: int) -> int:
+        """Of the row that is a step."""
+        return self.vectors * dim + self.numbers
+
+    def __call__(self, z: Tensor, steps: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """``(z, log_det)`` of ``z``, ``[..., D]``, and ``steps``, ``[K, size]`` or
+        ``[..., K, size]``."""
+        dim = z.shape[-1]
+        vectors = steps[..., : self.vectors * dim].split(dim, dim=-1)
+        numbers = steps[..., self.vectors * dim :].unbind(-1)
+        return self.flow(z, *vectors, *numbers, inverse=inverse)
+
+
+def _planar_identity(steps: int, dim: int) -> Tensor:
+    """Each along a direction of its own, w; u is what the constraint takes away again."""
+    w = nn.functional.normalize(torch.randn(steps, dim), dim=-1)
+    return torch.cat([math.log(math.e - 1.0) * w, w, torch.randn(steps, 1)], -1)
+
+
+def _radial_identity(steps: int, dim: int) -> Tensor:
+    return torch.cat([torch.randn(steps, dim), torch.zeros(steps, 2)], -1)
+
+
+FAMILIES = {
+    "planar": Family(planar_flow, 2, 1, _planar_identity),
+    "radial": Family(radial_flow, 1, 2, _radial_identity),
+}
 
 
 class _Residual(Transform):
-    def __init__(self, dim: int, length: int) -> None:
+    """K steps, the same for all rows; or, given a context, each row's own (amortised)."""
+
+    family: Family
+
+    def __init__(self, dim: int, length: int, context_dim: int = 0) -> None:
         super().__init__()
         if dim < 1 or length < 1:
             raise ValueError(
                 f"{type(self).__name__}: dim and length must be positive, got {dim} and {length}"
             )
-        self.dim, self.length = dim, length
+        self.dim, self.length, self.context_dim = dim, length, context_dim
+        start = self.family.identity(length, dim)
+        if context_dim:
+            self.conditioner = nn.Linear(context_dim, start.numel())
+            with torch.no_grad():
+                self.conditioner.weight *= 0.1
+                self.conditioner.bias.copy_(start.flatten())
+        else:
+            self.steps = nn.Parameter(start)
+
+    def _lines(self, x: Tensor, context: Tensor | None) -> Tensor:
+        context = self.check(x, context)
+        if context is None:
+            return self.steps
+        return self.conditioner(context).unflatten(-1, (self.length, -1))  # type: ignore[no-any-return]
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.family(z, self._lines(z, context))
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.family(x, self._lines(x, context), inverse=True)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, length={self.length}"
+        return f"{super().extra_repr()}, length={self.length}"
 
 
 class Planar(_Residual):
-    """K planar steps, :func:`fastvae.planar_flow`, in one launch.
+    """K planar steps, :func:`fastvae.planar_flow`; at first the identity.
+
+    Args:
+        dim: D.
+        length: K.
+        context_dim: C of a ``context``, of which a linear layer makes each row's own steps;
+            default: none, and all rows share the steps.
 
     >>> x, log_det = fastvae.flows.Planar(2, length=8).forward_and_log_det(torch.randn(5, 2))
     """
 
-    def __init__(self, dim: int, length: int) -> None:
-        super().__init__(dim, length)
-        w = nn.functional.normalize(torch.randn(length, dim), dim=-1)
-        self.u = nn.Parameter(0.1 * torch.randn(length, dim))
-        self.w = nn.Parameter(w)
-        self.b = nn.Parameter(torch.randn(length))
-
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return planar_flow(z, self.u, self.w, self.b)
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return planar_flow(x, self.u, self.w, self.b, inverse=True)
+    family = FAMILIES["planar"]
 
 
 class Radial(_Residual):
-    """K radial steps, :func:`fastvae.radial_flow`, in one launch; at first the identity.
+    """K radial steps, :func:`fastvae.radial_flow`; at first the identity. As :class:`Planar`.
 
     >>> x, log_det = fastvae.flows.Radial(2, length=8).forward_and_log_det(torch.randn(5, 2))
     """
 
-    def __init__(self, dim: int, length: int) -> None:
-        super().__init__(dim, length)
-        self.center = nn.Parameter(torch.randn(length, dim))
-        self.alpha = nn.Parameter(torch.zeros(length))
-        self.beta = nn.Parameter(torch.zeros(length))
-
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return radial_flow(z, self.center, self.alpha, self.beta)
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return radial_flow(x, self.center, self.alpha, self.beta, inverse=True)
+    family = FAMILIES["radial"]

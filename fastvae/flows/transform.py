@@ -22,6 +22,9 @@ class Transform(nn.Module):
     :math:`\log|\det \partial z / \partial x|`, which is minus that, inverse.
     """
 
+    dim: int
+    context_dim = 0  # C of the context that it wants
+
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -36,3 +39,21 @@ class Transform(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.forward_and_log_det(z, context)
+
+    def check(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context for the rows of ``x``, ``[..., C]``, if one is wanted; both are checked."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(
+                f"{type(self).__name__}: x must be [..., {self.dim}], got {list(x.shape)}"
+            )
+        if not self.context_dim:
+            return None
+        if context is None or context.shape[-1] != self.context_dim:
+            shape = None if context is None else list(context.shape)
+            raise ValueError(
+                f"{type(self).__name__}: context must be [..., {self.context_dim}], got {shape}"
+            )
+        return context.expand(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}" + (f", context_dim={self.context_dim}" if self.context_dim else "")

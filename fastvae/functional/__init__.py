@@ -11,6 +11,7 @@ from . import (
     covariance,
     gaussian,
     likelihood,
+    linear,
     logistic,
     mixture,
     residual_flow,
@@ -23,6 +24,7 @@ from .coupling import *  # noqa: F403
 from .covariance import *  # noqa: F403
 from .gaussian import *  # noqa: F403
 from .likelihood import *  # noqa: F403
+from .linear import *  # noqa: F403
 from .logistic import *  # noqa: F403
 from .mixture import *  # noqa: F403
 from .residual_flow import *  # noqa: F403
@@ -36,6 +38,7 @@ __all__ += coupling.__all__
 __all__ += covariance.__all__
 __all__ += gaussian.__all__
 __all__ += likelihood.__all__
+__all__ += linear.__all__
 __all__ += logistic.__all__
 __all__ += mixture.__all__
 __all__ += residual_flow.__all__

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import LIKELIHOODS, Elbo, Likelihood, Model
-from .posterior import FLOWS
-from .vae import VAE
+from .vae import FLOWS, VAE
 
 __all__ = ["FLOWS", "LIKELIHOODS", "MODELS", "VAE", "Elbo", "Likelihood", "Model", "build"]
 

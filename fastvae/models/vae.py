@@ -4,7 +4,11 @@ r"""The variational autoencoder of Kingma & Welling, "Auto-Encoding Variational 
     \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, N(0, I)),
     \qquad q(z|x) = N(z; \mu(x), \mathrm{diag}\, \sigma^2(x))
 
-or a sample of that Gaussian moved by a normalizing flow (:mod:`fastvae.models.posterior`).
+or a sample z_0 of that Gaussian moved by a normalizing flow, z = f_x(z_0), whose parameters the
+encoder gives too (Rezende & Mohamed, "Variational Inference with Normalizing Flows", ICML 2015):
+
+.. math::
+    \log q(z|x) = \log q_0(z_0|x) - \log\Big|\det \frac{\partial f_x}{\partial z_0}\Big|
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ from torch import Generator, Tensor, nn
 
 from ..estimators import Elbo, elbo, gaussian_entropy, importance_sampled_log_likelihood
 from ..estimators.evidence import log_prior
+from ..flows.residual import FAMILIES as FLOWS
 from ..functional import reparameterize
 from .base import LIKELIHOODS, Model
-from .posterior import FLOWS
 
-__all__ = ["VAE"]
+__all__ = ["FLOWS", "VAE"]
 
 
 def _mlp(sizes: Sequence[int]) -> nn.Sequential:
@@ -91,7 +95,7 @@ class VAE(Model):
             "flow_length": steps or None,
         }
         self.latent_dim = latent_dim
-        self.flow_outputs = 0 if self.flow is None else steps * self.flow.outputs(latent_dim)
+        self.flow_outputs = 0 if self.flow is None else steps * self.flow.size(latent_dim)
         self.likelihood = LIKELIHOODS[likelihood]
         self.encoder = _mlp([data_dim, *hidden, 2 * latent_dim + self.flow_outputs])
         if self.flow is not None:  # which begins near the identity
@@ -117,7 +121,7 @@ class VAE(Model):
         mu, log_var, steps = self.encoder(x).split((size, size, self.flow_outputs), dim=-1)
         if (flow := self.flow) is None:
             return mu, log_var, lambda z: (z, z.new_zeros(z.shape[:-1]))
-        steps = steps.unflatten(-1, (-1, flow.outputs(size)))
+        steps = steps.unflatten(-1, (-1, flow.size(size)))
         return mu, log_var, lambda z: flow(z, steps)
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -148,6 +152,7 @@ class VAE(Model):
         x, ``[B, D]``, is encoded once. See :func:`fastvae.importance_sampled_log_likelihood` for
         the estimate, the arguments and errors.
 
+        >>> model = fastvae.models.VAE(784)
         >>> model.log_likelihood(torch.rand(16, 784), num_samples=64).shape
         torch.Size([16])
         """
@@ -176,6 +181,7 @@ class VAE(Model):
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """The means of p(x | z) for ``n`` draws of z from N(0, I), ``[n, D]``.
 
+        >>> model = fastvae.models.VAE(784)
         >>> model.sample(9).shape
         torch.Size([9, 784])
         """
