@@ -33,6 +33,7 @@ from .measure import (
 )
 from .providers import PROVIDERS, Call, WrongAnswerError, as_tuple, build, check, timed_call
 from .report import Problem, Record, write
+from .steps import compare_steps
 
 __all__ = ["Job", "Setting", "main", "measure_job"]
 
@@ -202,6 +203,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     some: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--op", default=ops, help=f"default all: {', '.join(ops)}", **some)
+    parser.add_argument(
+        "--steps", action="store_true", help="whole training steps of a VAE with a flow, instead"
+    )
     parser.add_argument("--quick", action="store_true", help="one small size, few rounds")
     parser.add_argument("--out", type=Path, help="default bench/results/<date>-<device>")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -249,6 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = last_level_cache(args.device)
     setting = Setting(args.device, args.threads, clock, rounds, cache, _git(), tuple(args.provider))
 
+    if args.steps:
+        for comparison in compare_steps():
+            print(comparison)
+        return 0
     todo = list(jobs(args.op, args.dtype, args.quick))
     done: dict[Job, tuple[list[Record], list[Problem]]] = {}
     # The largest first: they tell most, should the time run out.

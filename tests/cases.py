@@ -6,6 +6,7 @@ they must be and why, what a user would write by hand, and which sizes are worth
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -267,7 +268,7 @@ def _eager_categorical_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     return log_p.gather(-1, x.long().unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
-def _eager_planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def eager_planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     dot = (w * u).sum(-1)
     scale = (torch.nn.functional.softplus(dot) - 1 - dot) / w.square().sum(-1)
     v = u + scale.unsqueeze(-1) * w
@@ -1260,8 +1261,8 @@ FLOWS = (
     ),
     _sylvester(),
     _sylvester(own_lines=True),
-    _flow("planar_flow", _eager_planar_flow),
-    _flow("planar_flow", _eager_planar_flow, own_lines=True),
+    _flow("planar_flow", eager_planar_flow),
+    _flow("planar_flow", eager_planar_flow, own_lines=True),
     _flow("radial_flow", _eager_radial_flow),
     _flow("radial_flow", _eager_radial_flow, own_lines=True),
     _flow("planar_flow", _eager_planar_inverse, inverse=True),
@@ -1314,6 +1315,53 @@ def _samples(shape: Shape) -> int:
     return shape[1] if len(shape) == 3 else 4
 
 
+@functools.cache
+def _autoregressive(shape: Shape, dtype: torch.dtype) -> fastvae.flows.Autoregressive:
+    """B x D x hidden: three hidden layers, which is what nflows calls two blocks."""
+    torch.manual_seed(0)
+    hidden = 3 * (shape[-1],)
+    flow = fastvae.flows.AffineAutoregressive(shape[1], "sigmoid", hidden=hidden)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.copy_(torch.randn_like(p) / math.sqrt(p.shape[-1]))
+    return flow.to(dtype).requires_grad_(False).eval()
+
+
+def _hidden(z: Tensor) -> Shape:
+    return (*z.shape, 256 if z.shape[0] > 4 else 8)
+
+
+def _by_unrolling(z: Tensor) -> tuple[Tensor, Tensor]:
+    return _autoregressive(_hidden(z), z.dtype).forward_and_log_det(z)
+
+
+def _by_passes(z: Tensor) -> tuple[Tensor, Tensor]:
+    """As everybody samples it: the whole network once for each column."""
+    flow = _autoregressive(_hidden(z), z.dtype)
+    x = torch.zeros_like(z)
+    for _ in range(z.shape[-1]):
+        shift, scale = flow.conditioner(x).chunk(2, -1)
+        sigma = torch.sigmoid(scale + 2.0)
+        x = sigma * (z + shift)
+    return x, torch.log(sigma).sum(-1)
+
+
+def _with_nflows_maf(z: Tensor) -> tuple[Tensor, Tensor]:
+    """With weights of its own, as it keeps its units in another order."""
+    return _nflows_maf(_hidden(z), z.dtype).inverse(z)
+
+
+@functools.cache
+def _nflows_maf(shape: Shape, dtype: torch.dtype) -> Any:
+    from nflows.transforms import MaskedAffineAutoregressiveTransform
+
+    torch.manual_seed(0)
+    maf = MaskedAffineAutoregressiveTransform(
+        shape[1], shape[-1], num_blocks=2, use_residual_blocks=False
+    )
+    return maf.to(dtype).requires_grad_(False).eval()
+
+
 COMPOSITIONS: tuple[Composition, ...] = (
     # The IWAE's likelihood and bound, B x K x D: x is [B, D], logits of K samples [K, B, D].
     Composition(
@@ -1335,5 +1383,21 @@ COMPOSITIONS: tuple[Composition, ...] = (
         exact=lambda x, logits, log_ratio: fastvae.reference.log_mean_exp(
             (fastvae.reference.bernoulli_log_prob(x, logits) + log_ratio).movedim(0, -1)
         ),
+    ),
+    # The slow direction of MAF, B x D: three hidden layers of 256.
+    Composition(
+        op="maf_sample",
+        inputs=(Input("z"),),
+        outputs=("element", "row"),
+        eager=_by_passes,
+        distributions=None,
+        bench=((512, 64), (16, 64)),
+        bytes_forward=2,
+        bytes_full=4,
+        unrolls=lambda s: s[-1] > 8,
+        peers={"nflows": _with_nflows_maf},
+        others=("nflows",),
+        ours=_by_unrolling,
+        exact=_by_passes,
     ),
 )

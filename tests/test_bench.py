@@ -187,3 +187,19 @@ def test_peak_memory_leaves_out_inputs_and_results(package):
     assert measure.peak_bytes(x.neg, [x]) == 0
     assert measure.peak_bytes(lambda: x.neg().neg(), [x]) == 4000
     assert measure.peak_bytes(lambda: x, [x]) == 0
+
+
+@pytest.mark.parametrize("amortised", [False, True])
+def test_steps_compare_the_same_bound(package, amortised):
+    from bench.steps import FlowVAE, eager_elbo
+
+    torch.manual_seed(0)
+    model = FlowVAE(3, amortised).double()
+    x = (torch.rand(4, 784) < 0.3).double()
+    # Samples differ: their means must not.
+    with torch.no_grad():
+        pairs = [(model.elbo(x), eager_elbo(model, x)) for _ in range(2000)]
+    ours, eager = (torch.stack(column) for column in zip(*pairs, strict=True))
+    error = (ours.var(0) + eager.var(0)).div(len(pairs)).sqrt()
+    assert bool(((ours.mean(0) - eager.mean(0)).abs() < 5.0 * error).all())
+    assert bool((error < 0.01 * ours.mean(0).abs()).all())

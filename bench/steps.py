@@ -1,0 +1,89 @@
+"""Whole training steps: forward, backward and Adam of a VAE whose posterior is a planar flow."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from cases import eager_planar_flow
+from torch import Tensor, nn
+
+import fastvae
+from fastvae import demo, models
+
+__all__ = ["FlowVAE", "compare_steps", "eager_elbo"]
+
+DATA, HIDDEN, LATENT, BATCH = 784, 400, 40, 128
+
+
+class FlowVAE(nn.Module):
+    """A VAE whose planar steps all rows share, or of which each row has its own (amortised)."""
+
+    def __init__(self, length: int, amortised: bool) -> None:
+        super().__init__()
+        posterior = {"posterior": "planar", "flow_length": length} if amortised else {}
+        self.vae = models.VAE(DATA, LATENT, (HIDDEN,), **posterior)
+        self.length = length
+        self.flow = None if amortised else fastvae.flows.Planar(LATENT, length)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``mu``, ``log_var`` and the steps, ``[K, 2 L + 1]`` or ``[B, K, 2 L + 1]``."""
+        out = self.vae.encoder(x)
+        mu, log_var = out[:, :LATENT], out[:, LATENT : 2 * LATENT]
+        if self.flow is not None:
+            return mu, log_var, self.flow.steps
+        return mu, log_var, out[:, 2 * LATENT :].unflatten(-1, (self.length, -1))
+
+    def elbo(self, x: Tensor) -> Tensor:
+        if self.flow is None:
+            return self.vae.elbo(x).elbo
+        mu, log_var, _ = self.encode(x)
+        z, log_det = self.flow(fastvae.reparameterize(mu, log_var))
+        zero = z.new_zeros(1)
+        recon = fastvae.bernoulli_log_prob(x, *self.vae.decode(z))
+        prior = fastvae.gaussian_log_prob(z, zero, zero)
+        return recon + prior + fastvae.gaussian_entropy(log_var) + log_det
+
+
+def eager_elbo(model: FlowVAE, x: Tensor) -> Tensor:
+    """:meth:`FlowVAE.elbo` without any op of fastvae, a module for each step, ``[B]``."""
+    mu, log_var, steps = model.encode(x)
+    eps = torch.randn_like(mu)
+    z = mu + eps * torch.exp(0.5 * log_var)
+    log_q = -0.5 * (math.log(2.0 * math.pi) + log_var + eps * eps).sum(-1)
+    for step in steps.split(1, -2):
+        u, w, b = step[..., :LATENT], step[..., LATENT : 2 * LATENT], step[..., -1]
+        z, log_det = eager_planar_flow(z, u, w, b)
+        log_q = log_q - log_det
+    log_prior = -0.5 * (math.log(2.0 * math.pi) + z * z).sum(-1)
+    return demo.eager_bernoulli_log_prob(x, *model.vae.decode(z)) + log_prior - log_q
+
+
+def _stepper(
+    model: FlowVAE, elbo: Callable[[FlowVAE, Tensor], Tensor], x: Tensor
+) -> Callable[[], object]:
+    own = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(own.parameters(), fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(-elbo(own, x).mean())
+        optimizer.step()
+
+    return step
+
+
+def compare_steps() -> Iterator[demo.Comparison]:
+    """A step with fastvae's ops against one without, at each length of the flow."""
+    x = (torch.rand(BATCH, DATA) < 0.3).float()
+    for amortised in (False, True):
+        for length in (16, 80):
+            model = FlowVAE(length, amortised)
+            what = f"planar, K = {length}, {'each row its own' if amortised else 'shared'}"
+            fused = _stepper(model, FlowVAE.elbo, x)
+            yield demo.compare(what, fused, _stepper(model, eager_elbo, x))
+            if length == 16:  # it unrolls all steps: 80 of them take minutes
+                compiled = _stepper(model, torch.compile(eager_elbo), x)
+                yield demo.compare(what, fused, compiled, rival="compile")
