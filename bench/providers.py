@@ -17,7 +17,7 @@ __all__ = ["PROVIDERS", "Call", "WrongAnswerError", "as_tuple", "build", "check"
 
 PROVIDERS = (
     *("fastvae", "eager", "compile", "compile-max-autotune", "torch.distributions"),
-    *("nflows", "normflows", "zuko", "limit"),
+    *("nflows", "normflows", "zuko", "zuko-compile", "limit"),
 )
 
 Function = Callable[..., Any]

@@ -3,10 +3,9 @@
 // A kind says what a network's number s makes of sigma, and how the shift t joins:
 //
 //   Exp      y = sigma x + t,              sigma = e^s
-//   TanhExp  y = sigma x + t,                sigma = e^tanh(s)            RealNVP (Dinh et al.
-//   2017) Sigmoid  y = sigma (x + t),              sigma = 1 / (1 + e^-(s + 2))    Glow (Kingma et
-//   al. 2018) Gated    y = sigma x + (1 - sigma) t,    sigma = 1 / (1 + e^-s)           IAF (Kingma
-//   et al. 2016)
+//   TanhExp  y = sigma x + t,              sigma = e^tanh(s)            RealNVP, 2017
+//   Sigmoid  y = sigma (x + t),            sigma = 1 / (1 + e^-(s + 2))    Glow, 2018
+//   Gated    y = sigma x + (1 - sigma) t,  sigma = 1 / (1 + e^-s)           IAF, 2016
 //
 // and each row's log-determinant is the sum of log sigma, of the inverse minus that. Gradients are
 // with respect to x, t and s.

@@ -205,6 +205,7 @@ void define_flow(torch::Library& m) {
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
   define_flow<Planar>(m);
   define_flow<Radial>(m);
+  define_flow<Householder>(m);
 }
 
 }  // namespace fastvae

@@ -364,9 +364,11 @@ const char* sweep_flow(const FlowSweep& s, bool backward, void* lent, void* stre
   return error;
 }
 
-template int64_t flow_scratch<Planar>(const FlowSweep&, bool);
-template int64_t flow_scratch<Radial>(const FlowSweep&, bool);
-template const char* sweep_flow<Planar>(const FlowSweep&, bool, void*, void*);
-template const char* sweep_flow<Radial>(const FlowSweep&, bool, void*, void*);
+#define FASTVAE_INSTANTIATE_FLOW(F)                         \
+  template int64_t flow_scratch<F>(const FlowSweep&, bool); \
+  template const char* sweep_flow<F>(const FlowSweep&, bool, void*, void*);
+FASTVAE_INSTANTIATE_FLOW(Planar)
+FASTVAE_INSTANTIATE_FLOW(Radial)
+FASTVAE_INSTANTIATE_FLOW(Householder)
 
 }  // namespace fastvae::cuda

@@ -4,6 +4,7 @@
 //   planar   z' = z + v tanh(w.z + b),        log|det| = log(1 + h' w.v),   h' = 1 - tanh^2
 //   radial   z' = z + (g - a) h (z - c),      log|det| = (D - 1) log(1 + (g - a) h)
 //              h = 1 / (a + |z - c|)                     + log(1 + (g - a) a h^2)
+//   Householder  z' = z - 2 n (n.z),      log|det| = 0,   n = v / |v|
 //
 // A step's *line* of parameters is constrained so that the step is invertible whatever they are:
 //
@@ -337,6 +338,93 @@ struct Radial {
     const T along = shift * grad + slope * (z - v[0]);
     d[0] = -along;
     return grad + along;
+  }
+};
+
+// Reflections (Tomczak & Welling 2016), each of which is its own inverse.
+struct Householder {
+  static constexpr const char* kName = "householder_flow";
+  static constexpr const char* kArguments[] = {"z", "v"};
+  static constexpr int kVectors = 1, kGiven = 0, kInputs = 1 + kVectors + kGiven;
+
+  template <class T>
+  static FASTVAE_HD Values<T, 2> line_terms(const T* v) {
+    return {{v[0] * v[0]}};
+  }
+  template <class T>
+  struct Line {
+    T numbers[2] = {};
+    T inverse_norm;
+
+    // Where |v|^2 is 0, or no normal number, the step is the identity.
+    FASTVAE_HD Line(Values<T, 2> sums, const T*)
+        : inverse_norm(sums.v[0] < math::Real<T>::kTiny ? T(0) : T(1) / math::sqrt(sums.v[0])) {}
+    FASTVAE_HD Values<T, kVectors> vectors(const T* v) const { return {{v[0] * inverse_norm}}; }
+  };
+  template <class T>
+  static FASTVAE_HD T line_gradient_term(const T* d, const T* v) {  // of dn.v
+    return d[0] * v[0];
+  }
+  template <class T>
+  struct LineGradient {
+    T inverse_norm, along;
+    T given[1] = {};
+
+    FASTVAE_HD LineGradient(const Line<T>& line, T sum, const T*)
+        : inverse_norm(line.inverse_norm), along(sum * inverse_norm * inverse_norm) {}
+    FASTVAE_HD Values<T, kVectors> vectors(const T* d, const T* v) const {
+      return {{(d[0] - v[0] * along) * inverse_norm}};
+    }
+  };
+
+  template <class T>
+  static FASTVAE_HD T measure(T z, const T* v) {
+    return v[0] * z;
+  }
+  template <class T>
+  static FASTVAE_HD T argument(T measured, const T*) {
+    return measured;
+  }
+  template <class T>
+  struct Step {
+    T there, back, log_det;
+
+    FASTVAE_HD Step(T argument, const T*, T)
+        : there(T(-2) * argument), back(-there), log_det(T(0) * argument) {}  // NaN passes
+  };
+  template <class T>
+  static FASTVAE_HD T move(T z, T by, const T* v) {
+    return z + v[0] * by;
+  }
+  template <class T>
+  static FASTVAE_HD T solve(T measured, const T*) {  // n.z' = -n.z
+    return -measured;
+  }
+
+  template <class T>
+  static FASTVAE_HD T weigh(T grad, T, const T* v) {
+    return grad * v[0];
+  }
+  template <class T>
+  struct Back {
+    T shift, slope;
+    T numbers[2] = {};
+
+    FASTVAE_HD Back(const Step<T>& s, T weighed, T, const T*, T)
+        : shift(s.there), slope(T(-2) * weighed) {}
+    static FASTVAE_HD Back inverse(const Step<T>& s, T weighed, T grad_log_det, const T* line,
+                                   T dims) {
+      Back b(s, weighed, grad_log_det, line, dims);
+      b.shift = -b.shift;
+      return b;
+    }
+  };
+  static constexpr bool kPullsOneWay = false;
+  template <bool kInverse, class T>
+  static FASTVAE_HD T pull(T grad, T z, T shift, T slope, const T* v, T* d) {
+    const T pulled = grad + slope * v[0];
+    d[0] = shift * (kInverse ? pulled : grad) + slope * z;
+    return pulled;
   }
 };
 

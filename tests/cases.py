@@ -280,6 +280,17 @@ def eager_planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tenso
     return z, log_det
 
 
+def _eager_householder_flow(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    for k in range(v.shape[-2]):
+        w = v[..., k, :]
+        z = z - 2 * (w * z).sum(-1, keepdim=True) * w / w.square().sum(-1, keepdim=True)
+    return z, 0 * z[..., 0]
+
+
+def _eager_householder_inverse(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _eager_householder_flow(z, v.flip(-2))
+
+
 def _with_normflows(name: str, parameters: Callable[..., tuple[dict[str, Tensor], ...]]) -> Any:
     """A stack of normflows' modules, with the parameters of ours in place of their own."""
     stacks: dict[tuple[int, ...], list[Any]] = {}
@@ -389,6 +400,12 @@ def _with_nflows(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         return y, log.sum(-1)
 
     return run
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when it is first called: to import the compiler takes seconds."""
+    compiled = functools.cache(lambda: torch.compile(function))
+    return lambda *inputs: compiled()(*inputs)
 
 
 def _with_zuko(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -1078,16 +1095,30 @@ def _flow(
     def number(name: str) -> Input:
         return Input(name, shape=lambda s: line(s)[:-1], has_rows=own_lines)
 
-    planar = op == "planar_flow"
-    parameters = (
-        (vector("u"), vector("w"), number("b"))
-        if planar
-        else (vector("center"), number("alpha"), number("beta"))
-    )
+    parameters = {
+        "planar_flow": (vector("u"), vector("w"), number("b")),
+        "radial_flow": (vector("center"), number("alpha"), number("beta")),
+        "householder_flow": (vector("v"),),
+    }[op]
+    peers = {
+        "planar_flow": {"normflows": _with_normflows("Planar", _planar_parameters)},
+        "radial_flow": {"normflows": _with_normflows("Radial", _radial_parameters)},
+    }
+    sizes: tuple[Shape, ...] = ((512, 64, 16), (512, 40, 80), (4096, 2, 32))
+    if inverse:
+        sizes = sizes[:1]
+    if own_lines:
+        sizes = ()
+    if op == "householder_flow":  # a stack that all rows share is better made one matrix
+        sizes = ((512, 64, 8),) if own_lines and not inverse else ()
+
+    def of_rows(s: Shape) -> Shape:
+        if op == "householder_flow" and s[-1] == 1:  # z to -z: the gradient of v is rounding alone
+            s = (*s[:-1], 2)
+        return (*s, 3)
 
     def elements(s: Shape) -> int:  # of z, and of the parameters
-        lines = math.prod(line(s)[:-1])
-        return math.prod(s[:-1]) + lines * (2 * s[-2] + 1 if planar else s[-2] + 2)
+        return math.prod(s[:-1]) + sum(math.prod(p.shape(s)) for p in parameters)
 
     return Case(
         op=op,
@@ -1096,25 +1127,15 @@ def _flow(
         outputs=("element", "row"),
         eager=eager,
         distributions=None,
-        bench=()
-        if own_lines
-        else ((512, 64, 16),)
-        if inverse
-        else ((512, 64, 16), (512, 40, 80), (4096, 2, 32)),
+        bench=sizes,
         unrolls=lambda s: s[-1] > 32,
         settings=(inverse,),
         wired_as=f"{op}-inverse" if inverse and own_lines else "",
         options={"inverse": True} if inverse else {},
-        peers={}
-        if inverse
-        else {
-            "normflows": _with_normflows("Planar", _planar_parameters)
-            if planar
-            else _with_normflows("Radial", _radial_parameters)
-        },
+        peers={} if inverse else peers.get(op, {}),
         bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
         bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
-        sizes=lambda shape: (*shape, 3),
+        sizes=of_rows,
         no_broadcast=OWN_SHAPES,
         mixes="a step depends on all columns",
         copies="rows and lines are made contiguous",
@@ -1166,8 +1187,16 @@ def _spline(inverse: bool = False, circular: bool = False) -> Case:
         eager=_eager_spline(tails, inverse),
         distributions=None,
         bench=() if circular else ((512, 64, 8),),
-        peers={} if circular else {"nflows": _with_nflows(inverse), "zuko": _with_zuko(inverse)},
-        others=("zuko",),  # which squashes what it is given, and knows no smallest bin
+        peers={}
+        if circular
+        else {
+            "nflows": _with_nflows(inverse),
+            "zuko": _with_zuko(inverse),
+            "zuko-compile": _compiled(_with_zuko(inverse)),
+        },
+        # zuko squashes what it is given, and knows no smallest bin; the gradients of nflows'
+        # inverse are off by more than the check allows.
+        others=("zuko", "zuko-compile") + ("nflows",) * inverse,
         bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
         bytes_full=lambda s: 3 * elements(s) + 2 * math.prod(s[:-1]),
         settings=(3.0, tails, inverse, 1e-3, 1e-3, 1e-3),
@@ -1265,6 +1294,10 @@ FLOWS = (
     _flow("planar_flow", eager_planar_flow, own_lines=True),
     _flow("radial_flow", _eager_radial_flow),
     _flow("radial_flow", _eager_radial_flow, own_lines=True),
+    _flow("householder_flow", _eager_householder_flow),
+    _flow("householder_flow", _eager_householder_flow, own_lines=True),
+    _flow("householder_flow", _eager_householder_inverse, inverse=True),
+    _flow("householder_flow", _eager_householder_inverse, own_lines=True, inverse=True),
     _flow("planar_flow", _eager_planar_inverse, inverse=True),
     _flow("planar_flow", _eager_planar_inverse, own_lines=True, inverse=True),
     _flow("radial_flow", _eager_radial_inverse, inverse=True),
@@ -1313,6 +1346,12 @@ CASES = (*BASIC, *FLOWS, *SCALES)
 
 def _samples(shape: Shape) -> int:
     return shape[1] if len(shape) == 3 else 4
+
+
+def _eager_linear_flow(z: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    lower = matrix.tril(-1) + torch.eye(matrix.shape[0], dtype=z.dtype)
+    whole = lower @ (matrix.triu(1) + torch.diag(matrix.diagonal().exp()))
+    return z @ whole.T, torch.linalg.slogdet(whole)[1].expand(z.shape[:-1])
 
 
 @functools.cache
@@ -1383,6 +1422,19 @@ COMPOSITIONS: tuple[Composition, ...] = (
         exact=lambda x, logits, log_ratio: fastvae.reference.log_mean_exp(
             (fastvae.reference.bernoulli_log_prob(x, logits) + log_ratio).movedim(0, -1)
         ),
+    ),
+    # Linear flows, B x D: the matrix of all rows.
+    Composition(
+        op="linear_flow",
+        inputs=(Input("z"), Input("matrix", normal(0.1), shape=lambda s: (s[-1], s[-1]))),
+        outputs=("element", "row"),
+        eager=_eager_linear_flow,
+        distributions=None,
+        bench=((512, 64), (65536, 12)),
+        bytes_forward=2,
+        bytes_full=5,
+        ours=fastvae.linear_flow,
+        exact=_eager_linear_flow,
     ),
     # The slow direction of MAF, B x D: three hidden layers of 256.
     Composition(

@@ -14,6 +14,11 @@ from fastvae import flows
 D = 5
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def stirred(module: torch.nn.Module, by: float = 0.3) -> torch.nn.Module:
     """In float64, and away from the identity that it may start as."""
     g = torch.Generator().manual_seed(0)

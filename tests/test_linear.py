@@ -64,34 +64,6 @@ def test_a_pixel_is_a_row_of_an_invertible_convolution():
     )
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("dims", "length"), [(1, 1), (4, 3), (5, 5), (3, 7)])
-def test_householder_flow(dims, length, shared):
-    z, v = draw(6, dims), draw(length, dims) if shared else draw(6, length, dims)
-    x, log_det = fastvae.householder_flow(z, v)
-    expected = z
-    for k in range(length):
-        w = v[..., k, :] / v[..., k, :].norm(dim=-1, keepdim=True)
-        expected = expected - 2.0 * (w * expected).sum(-1, keepdim=True) * w
-    torch.testing.assert_close(x, expected)
-    assert torch.equal(log_det, torch.zeros(6, dtype=torch.float64))
-    back, _ = fastvae.householder_flow(x, v, inverse=True)
-    torch.testing.assert_close(back, z)
-    inputs = [z.requires_grad_(), v.requires_grad_()]
-    assert torch.autograd.gradcheck(fastvae.householder_flow, inputs)
-    assert torch.autograd.gradgradcheck(fastvae.householder_flow, inputs)
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
-def test_a_reflection_of_any_size_is_a_reflection_and_of_none_is_the_identity(size):
-    z, v = draw(4, 3).float(), (size * draw(2, 3)).float().requires_grad_()
-    x, _ = fastvae.householder_flow(z, v)
-    unit = (draw(2, 3) / draw(2, 3).norm(dim=-1, keepdim=True)).float()
-    expected = fastvae.householder_flow(z, unit)[0] if size else z
-    torch.testing.assert_close(x, expected)
-    assert torch.autograd.grad(x.sum(), v)[0].isfinite().all() or size == 1e-30
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(dtype):
     z, matrix = draw(5, 4).to(dtype), draw(4, 4, scale=0.3).to(dtype)
@@ -102,9 +74,6 @@ def test_half_types(dtype):
         assert log_det.dtype == torch.float32
         torch.testing.assert_close(x.double(), exact[0], atol=0.05, rtol=0.02)
         torch.testing.assert_close(log_det.double(), exact[1], atol=1e-6, rtol=1e-6)
-    x, log_det = fastvae.householder_flow(z, matrix)
-    assert x.dtype == dtype
-    assert log_det.dtype == torch.float32
 
 
 def test_no_rows_no_columns_and_what_is_not_a_number():
@@ -115,8 +84,6 @@ def test_no_rows_no_columns_and_what_is_not_a_number():
         x, log_det = fastvae.linear_flow(torch.zeros(2, 0), torch.zeros(0, 0), inverse=inverse)
         assert x.shape == (2, 0)
         assert torch.equal(log_det, torch.zeros(2))
-        x, _ = fastvae.householder_flow(torch.zeros(2, 0), torch.zeros(3, 0), inverse=inverse)
-        assert x.shape == (2, 0)
     rows = torch.tensor([[1.0, 2.0], [float("nan"), 1.0]])
     x, _ = fastvae.linear_flow(rows, torch.zeros(2, 2))
     assert x[0].isfinite().all()
@@ -145,16 +112,6 @@ def test_no_rows_no_columns_and_what_is_not_a_number():
             lambda: fastvae.linear_flow(torch.zeros(2, 3), torch.zeros(3, 3).double()),
             TypeError,
             "linear_flow: matrix must have the dtype of z, got torch.float64 and torch.float32",
-        ),
-        (
-            lambda: fastvae.householder_flow(torch.zeros(2, 3), torch.zeros(3)),
-            ValueError,
-            r"householder_flow: v must be \[..., K, D\] for the D of z, got \[3\] and \[2, 3\]",
-        ),
-        (
-            lambda: fastvae.householder_flow(torch.zeros(2, 3), torch.zeros(2, 3).half()),
-            TypeError,
-            "householder_flow: v must have the dtype of z, got torch.float16 and torch.float32",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Planar and radial flows: what test_ops.py does not say of them."""
+"""Planar, radial, Householder and Sylvester flows: what test_ops.py does not say of them."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 import fastvae
 from fastvae import reference
 
-FLOWS = ("planar_flow", "radial_flow")
+FLOWS = ("planar_flow", "radial_flow", "householder_flow")
 
 
 def parameters(
@@ -20,8 +20,9 @@ def parameters(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    vectors = [draw(*lines, dims) / dims**0.5 for _ in range(2 if name == "planar_flow" else 1)]
-    return [*vectors, *(draw(*lines) for _ in range(3 - len(vectors)))]
+    vectors, numbers = {"planar_flow": (2, 1), "radial_flow": (1, 2)}.get(name, (1, 0))
+    of_steps = [draw(*lines, dims) / dims**0.5 for _ in range(vectors)]
+    return [*of_steps, *(draw(*lines) for _ in range(numbers))]
 
 
 def rows(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -358,6 +359,23 @@ def test_third_derivatives_of_an_inverse() -> None:
     torch.testing.assert_close(third, slope, rtol=1e-6, atol=1e-6)
 
 
+# --- Householder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-22, 1e-15, 1.0, 1e15, 1e22])
+def test_a_reflection_is_of_a_direction_if_there_is_one(size: float) -> None:
+    z, v = rows(4, 3, dtype=torch.float32), rows(2, 3)
+    given = (size * v).float().requires_grad_()
+    x, log_det = fastvae.householder_flow(z, given)
+    square = size * size * v.square().sum(-1)
+    info = torch.finfo(torch.float32)
+    normal = ((square >= info.tiny) & (square <= info.max)).all()
+    expected = fastvae.householder_flow(z.double(), v)[0].float() if normal else z
+    torch.testing.assert_close(x, expected)
+    assert torch.equal(log_det, torch.zeros(4))
+    assert torch.autograd.grad(x.sum(), given)[0].isfinite().all()
+
+
 # --- Sylvester ------------------------------------------------------------------------------------
 
 
@@ -528,8 +546,10 @@ def test_normflows_radial_where_it_is_right_and_where_it_overflows() -> None:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_wrong_shapes_raise_and_name_the_argument(name: str) -> None:
-    flow, first = getattr(fastvae, name), "u" if name == "planar_flow" else "center"
-    last = "b" if name == "planar_flow" else "beta"
+    flow = getattr(fastvae, name)
+    first, last = {"planar_flow": ("u", "b"), "radial_flow": ("center", "beta")}.get(
+        name, ("v", "")
+    )
     z, given = rows(4, 3), parameters(name, (2,), 3)
 
     def fails(message: str, *arguments: torch.Tensor) -> None:
@@ -541,8 +561,9 @@ def test_wrong_shapes_raise_and_name_the_argument(name: str) -> None:
     fails(rf"{first} must be \[..., K, D\] for the D of z, got \[3\]", z, given[0][0], *given[1:])
     none = parameters(name, (0,), 3)
     fails(rf"{first} must have at least one step, got \[0, 3\]", z, *none)
-    message = rf"{last} must have the shape of {first} without its last dimension, got \[1\]"
-    fails(message, z, *given[:2], given[2][:1])
+    if last:
+        message = rf"{last} must have the shape of {first} without its last dimension, got \[1\]"
+        fails(message, z, *given[:2], given[2][:1])
     if name == "planar_flow":
         fails(r"w must have the shape of u, got \[1, 3\]", z, given[0], given[1][:1], given[2])
     own = parameters(name, (5, 2), 3)

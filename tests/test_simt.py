@@ -1035,6 +1035,17 @@ def radial_steps(z: torch.Tensor, c: torch.Tensor, al: torch.Tensor, be: torch.T
     return [z, log_det]
 
 
+def reflections(z: torch.Tensor, v: torch.Tensor) -> list:
+    for k in range(v.shape[-2]):
+        n = v[..., k, :] / v[..., k, :].norm(dim=-1, keepdim=True)
+        z = z - 2 * (n * z).sum(-1, keepdim=True) * n
+    return [z, 0 * z[:, 0]]
+
+
+def reflections_undone(z: torch.Tensor, v: torch.Tensor) -> list:
+    return reflections(z, v.flip(-2))
+
+
 def bisect(f, y: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The root of f(x) = y, increasing, as a function of all that f knows."""
     with torch.no_grad():
@@ -1095,8 +1106,10 @@ def run_flow(program: Path, name: str, sizes: tuple, first: bool, tensors: tuple
 FLOWS = {
     "planar": planar_steps,
     "radial": radial_steps,
+    "householder": reflections,
     "planar undone": planar_undone,
     "radial undone": radial_undone,
+    "householder undone": reflections_undone,
 }
 
 
@@ -1115,6 +1128,8 @@ def test_flows(program: Path, flow: str, shared: bool, dtype: torch.dtype) -> No
         sizes = [(rows, dims), (*lead, length, dims), (*lead, length, dims), (*lead, length)]
         if name == "radial_flow":
             sizes[2:] = [(*lead, length)] * 2
+        if name == "householder_flow":
+            sizes = sizes[:2]
         inputs = [torch.randn(size, generator=g, dtype=torch.float64) for size in sizes]
         inputs[1:] = [x / dims**0.5 if x.shape[-1] == dims else x for x in inputs[1:]]
         inputs = [x.to(dtype) for x in inputs]

@@ -64,7 +64,7 @@ LOOPS = [
     *(
         f"{loop}<fastvae::{flow}, {real}, {shared}, true{inverse}>"
         for loop, inverse in (("advance", ""), ("retreat", ", false"), ("retreat", ", true"))
-        for flow in ("Planar", "Radial")
+        for flow in ("Planar", "Radial", "Householder")
         for real in REALS
         for shared in ("true", "false")
         if (flow, inverse) != ("Radial", ", true")  # is the same one
@@ -72,7 +72,7 @@ LOOPS = [
     *(
         f"{loop}<fastvae::{flow}, {real}, {inverse}{log_det}>"
         for loop, log_det in (("take_steps", ", true"), ("take_steps_back", ""))
-        for flow in ("Planar", "Radial")
+        for flow in ("Planar", "Radial", "Householder")
         for real in REALS
         for inverse in ("true", "false")
     ),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["householder_flow", "linear_flow"]
+__all__ = ["linear_flow"]
 
 _KINDS = ("lu", "lower", "upper")
 
@@ -98,57 +98,3 @@ def linear_flow(
     else:
         rows = solve((upper + scale).mT, rows, upper=False, left=False)
     return rows.view(z.shape).to(z.dtype), -log_det
-
-
-def householder_flow(z: Tensor, v: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    r"""K reflections, one after the other: an orthogonal map, whose log-determinant is 0.
-
-    .. math:: z_k = z_{k-1} - 2\, \frac{v_k\, v_k^\top z_{k-1}}{\lVert v_k \rVert^2}
-
-    Where v is 0 a step is the identity.
-
-    Args:
-        z: ``[..., D]``.
-        v: ``[K, D]``, the same for all rows, or each row's own, ``[..., K, D]``, whose leading
-            dimensions broadcast with those of ``z`` (amortised: from a network).
-        inverse: take the reflections back, the last one first.
-
-    Returns:
-        ``(z, log_det)``: ``[..., D]``, and 0 for each row, ``[...]``.
-
-    All reflections are taken at once, by products of matrices (the compact WY form).
-
-    Raises:
-        ValueError: if the shapes do not fit.
-
-    Paper: Tomczak & Welling, "Improving variational auto-encoders using Householder flow", 2016.
-
-    >>> z = torch.randn(5, 4)
-    >>> x, log_det = fastvae.householder_flow(z, torch.randn(3, 4))
-    >>> torch.allclose(x.norm(dim=-1), z.norm(dim=-1))
-    True
-    """
-    if v.dim() < 2 or v.shape[-1] != z.shape[-1]:
-        raise ValueError(
-            "fastvae::householder_flow: v must be [..., K, D] for the D of z, got "
-            f"{list(v.shape)} and {list(z.shape)}"
-        )
-    if v.dtype != z.dtype:
-        raise TypeError(
-            f"fastvae::householder_flow: v must have the dtype of z, got {v.dtype} and {z.dtype}"
-        )
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    if z.shape[-1] == 0:
-        return z, z.new_zeros(z.shape[:-1], dtype=wide)
-    v = v.to(wide)
-    v = v / v.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    v = torch.nn.functional.normalize(v, dim=-1)
-    # H_1 ... H_K = 1 - V' S^-1 V, with S the upper triangle of V V', half of its diagonal.
-    half = 0.5 * torch.eye(v.shape[-2], dtype=wide, device=v.device)
-    triangle = (v @ v.mT).triu(1) + half
-    along = z.to(wide).unsqueeze(-2) @ v.mT
-    weights = torch.linalg.solve_triangular(
-        triangle.mT if inverse else triangle, along, upper=not inverse, left=False
-    )
-    x = z.to(wide) - (weights @ v).squeeze(-2)
-    return x.to(z.dtype), x.new_zeros(x.shape[:-1])

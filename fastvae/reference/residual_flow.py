@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 from .gaussian import _compute
 
-__all__ = ["planar_flow", "radial_flow", "sylvester_flow"]
+__all__ = ["householder_flow", "planar_flow", "radial_flow", "sylvester_flow"]
 
 
 def planar_flow(
@@ -106,6 +106,19 @@ def _radius_before(after: Tensor, a: Tensor, g: Tensor) -> Tensor:
     outside = p > 0.0
     inner = 2.0 * a * after / torch.where(outside, 1.0, root - p)
     return torch.where(finite, torch.where(outside, 0.5 * (p + root), inner), after)
+
+
+def householder_flow(z: Tensor, v: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    x, v = _compute(z, v)
+    square = (v * v).sum(-1, keepdim=True)
+    flat = square < torch.finfo(x.dtype).tiny
+    n = torch.where(flat, 0.0, v * torch.where(flat, 1.0, square).rsqrt())
+    x, log_det = _begin(x, v)
+    for k in _order(v, inverse):
+        along = (n[..., k, :] * x).sum(-1)
+        x = x - 2.0 * along.unsqueeze(-1) * n[..., k, :]
+        log_det = log_det + 0.0 * along  # NaN passes
+    return x.to(z.dtype), log_det
 
 
 def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -493,15 +493,16 @@ int main() {
   Header header;
   while (std::fread(&header, sizeof header, 1, stdin) == 1) {
     const std::string name = header.name;
-    const auto run_one = name == "philox"           ? run_philox
-                         : name == "pairs"          ? run_pairs
-                         : name == "triangles"      ? run_triangles
-                         : name == "pixels"         ? run_pixels
-                         : name == "planar_flow"    ? run_flow<Planar>
-                         : name == "radial_flow"    ? run_flow<Radial>
-                         : name == "sylvester_flow" ? run_sylvester
-                         : name == "spline"         ? run_spline
-                                                    : run_case;
+    const auto run_one = name == "philox"             ? run_philox
+                         : name == "pairs"            ? run_pairs
+                         : name == "triangles"        ? run_triangles
+                         : name == "pixels"           ? run_pixels
+                         : name == "householder_flow" ? run_flow<Householder>
+                         : name == "planar_flow"      ? run_flow<Planar>
+                         : name == "radial_flow"      ? run_flow<Radial>
+                         : name == "sylvester_flow"   ? run_sylvester
+                         : name == "spline"           ? run_spline
+                                                      : run_case;
     run_one(header);
   }
 }
