@@ -527,6 +527,31 @@ def test_normflows_planar_where_it_is_right_and_where_it_overflows() -> None:
     assert all(x.isfinite().all() for x in fastvae.planar_flow(z.float(), *steep))
 
 
+def test_pythae_planar_is_ours_where_it_can_be_inverted_and_where_it_cannot() -> None:
+    peers = pytest.importorskip("pythae.models.normalizing_flows", exc_type=ImportError)
+    flow = peers.PlanarFlow(peers.PlanarFlowConfig(input_dim=(2,), activation="tanh")).double()
+    w, b = torch.tensor([[1.0, 0.0]]).double(), torch.zeros(1).double()
+
+    def theirs(z: torch.Tensor, along: float) -> tuple[torch.Tensor, torch.Tensor]:
+        flow.u.data, flow.w.data, flow.b.data = along * w, w, b
+        out = flow(z)
+        return out.out.detach(), out.log_abs_det_jac.detach()
+
+    def ours(z: torch.Tensor, along: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return fastvae.planar_flow(z, along * w, w, b)
+
+    # It takes u as it is; ours makes softplus(w.u) - 1 of w.u. And it adds 1e-4 to a determinant.
+    z = rows(20, 2)
+    moved, log_det = ours(z, 0.3)
+    expected, other = theirs(z, softplus(torch.tensor(0.3, dtype=torch.float64)).item() - 1.0)
+    torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((log_det.exp() + 1e-4).log(), other, rtol=1e-12, atol=1e-12)
+    # With w.u = -3 it folds the line: what was on the right comes to lie left of the middle.
+    line = torch.stack([torch.linspace(-3, 3, 101), torch.zeros(101)], -1).double()
+    assert (theirs(line, -3.0)[0][:, 0].diff() < 0).any()
+    assert (ours(line, -3.0)[0][:, 0].diff() > 0).all()
+
+
 def test_normflows_radial_where_it_is_right_and_where_it_overflows() -> None:
     radial = pytest.importorskip("normflows").flows.Radial
     center, alpha, beta = parameters("radial_flow", (1,), 3)
