@@ -53,6 +53,13 @@ def test_linear_flow_is_differentiable_twice_and_compiles(kind, inverse):
     torch.testing.assert_close(compiled(*inputs), flow(*inputs))
 
 
+def test_autocast_does_not_round_the_map():
+    z, matrix = draw(5, 4).float(), draw(4, 4, scale=0.3).float()
+    expected = fastvae.linear_flow(z, matrix)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(fastvae.linear_flow(z, matrix), expected, rtol=0.0, atol=0.0)
+
+
 def test_a_pixel_is_a_row_of_an_invertible_convolution():
     images, matrix = draw(2, 6, 5, 4), draw(4, 4)
     x, log_det = fastvae.linear_flow(images, matrix)

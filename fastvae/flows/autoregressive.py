@@ -61,6 +61,8 @@ class MADE(nn.Module):
     tensor(False)
     """
 
+    order: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -91,7 +93,7 @@ class MADE(nn.Module):
             first = cast(MaskedLinear, self.layers[0])
             self.context = nn.Linear(context_dim, first.out_features, bias=False)
         # Where the units begin that become known with column d: at begins[layer][d].
-        self.order = columns.argsort(stable=True)
+        self.register_buffer("order", columns.argsort(stable=True), persistent=False)
         ranks = [*degrees[:-1], columns[self.order] + 1]
         edges = torch.arange(1, dim + 2)
         self.begins = [torch.searchsorted(rank, edges).tolist() for rank in ranks]

@@ -76,6 +76,15 @@ def linear_flow(
                 f"fastvae::linear_flow: {name} must have the dtype of z, "
                 f"got {x.dtype} and {z.dtype}"
             )
+    # Not rounded by autocast: inverse and density would no longer be those of this map.
+    with torch.autocast(z.device.type, enabled=False):
+        return _linear_flow(z, matrix, bias, kind, inverse)
+
+
+def _linear_flow(
+    z: Tensor, matrix: Tensor, bias: Tensor | None, kind: str, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    size = z.shape[-1]
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     triangles = matrix.to(wide)
     log_diagonal = triangles.diagonal()
