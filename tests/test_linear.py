@@ -58,6 +58,8 @@ def test_autocast_does_not_round_the_map():
     expected = fastvae.linear_flow(z, matrix)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(fastvae.linear_flow(z, matrix), expected, rtol=0.0, atol=0.0)
+        x, _ = fastvae.linear_flow(z.bfloat16(), matrix)  # as another layer gave it
+        assert x.dtype == torch.float32
 
 
 def test_a_pixel_is_a_row_of_an_invertible_convolution():

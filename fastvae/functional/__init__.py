@@ -1,6 +1,7 @@
 """One typed, documented function per op, a module per family.
 
-No logic lives here beyond defaults and the choice of the route (:mod:`.route`).
+No logic lives here beyond defaults, the choice of the route (:mod:`.route`), and what a few
+products of torch's own matrices say as well as a kernel (:mod:`.linear`).
 """
 
 from . import (

@@ -56,6 +56,8 @@ def linear_flow(
     >>> torch.allclose(log_det, matrix.diagonal().sum().expand(5))
     True
     """
+    if torch.is_autocast_enabled(z.device.type):
+        z = z.to(torch.promote_types(z.dtype, matrix.dtype))
     size = z.shape[-1]
     if matrix.shape != (size, size):
         raise ValueError(
