@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -30,11 +31,13 @@ class FlowVAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``mu``, ``log_var`` and the steps, ``[K, 2 L + 1]`` or ``[B, K, 2 L + 1]``."""
-        out = self.vae.encoder(x)
-        mu, log_var = out[:, :LATENT], out[:, LATENT : 2 * LATENT]
+        *trunk, head = self.vae.encoder
+        context = functools.reduce(lambda h, layer: layer(h), trunk, x)
+        mu, log_var = head(context).chunk(2, -1)
         if self.flow is not None:
             return mu, log_var, self.flow.steps
-        return mu, log_var, out[:, 2 * LATENT :].unflatten(-1, (self.length, -1))
+        (planar,) = self.vae.flow.transforms
+        return mu, log_var, planar.conditioner(context).unflatten(-1, (self.length, -1))
 
     def elbo(self, x: Tensor) -> Tensor:
         if self.flow is None:

@@ -107,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--clip-norm", type=_positive, metavar="X", help="clip gradients; default: off")
     add("--latent-dim", type=_width, metavar="N", help="size of z; default: 50")
     add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
-    add("--posterior", choices=("gaussian", *models.FLOWS), help="of z given x; default: gaussian")
-    add("--flow-length", type=_count, metavar="K", help="steps of a flow; default: 16")
+    posteriors = ("gaussian", *models.POSTERIORS)
+    add("--posterior", choices=posteriors, help="of z given x; default: gaussian")
+    add("--flow-length", type=_count, metavar="K", help="steps of a flow; default: its own")
     add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
     add = train_parser.add_argument_group("how long, where, and what comes out").add_argument
     add(

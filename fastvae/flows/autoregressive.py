@@ -129,7 +129,8 @@ class MADE(nn.Module):
         sums = [layer.bias.expand(rows.shape[0], -1) for layer in self._layers()]
         if self.context_dim:
             assert context is not None
-            sums[0] = sums[0] + self.context(context.reshape(-1, self.context_dim))
+            told = self.context(context).expand(*z.shape[:-1], -1)
+            sums[0] = sums[0] + told.reshape(sums[0].shape)
         weights[-1], sums[-1] = weights[-1][self.order], sums[-1][:, self.order]
         before, after = self.begins[:-1], self.begins[1:]  # of each layer's inputs and outputs
 

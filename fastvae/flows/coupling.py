@@ -54,7 +54,9 @@ class Coupling(Transform):
             moving, passing = x.split([self.moving, self.passing], -1)
         else:
             passing, moving = x.split([self.passing, self.moving], -1)
-        given = passing if context is None else torch.cat([passing, context], -1)
+        given = passing
+        if context is not None:
+            given = torch.cat([passing, context.expand(*passing.shape[:-1], -1)], -1)
         moved, log_det = self.element(moving, self.conditioner(given), inverse)
         return torch.cat([moved, passing] if self.flip else [passing, moved], -1), log_det
 

@@ -41,7 +41,7 @@ class Transform(nn.Module):
         return self.forward_and_log_det(z, context)
 
     def check(self, x: Tensor, context: Tensor | None) -> Tensor | None:
-        """The context for the rows of ``x``, ``[..., C]``, if one is wanted; both are checked."""
+        """The context, if one is wanted; it and ``x`` are checked."""
         if x.shape[-1] != self.dim:
             raise ValueError(
                 f"{type(self).__name__}: x must be [..., {self.dim}], got {list(x.shape)}"
@@ -53,7 +53,7 @@ class Transform(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: context must be [..., {self.context_dim}], got {shape}"
             )
-        return context.expand(*x.shape[:-1], -1)
+        return context
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + (f", context_dim={self.context_dim}" if self.context_dim else "")

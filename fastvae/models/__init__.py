@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from .base import LIKELIHOODS, Elbo, Likelihood, Model
-from .vae import FLOWS, VAE
+from .posterior import POSTERIORS
+from .vae import VAE
 
-__all__ = ["FLOWS", "LIKELIHOODS", "MODELS", "VAE", "Elbo", "Likelihood", "Model", "build"]
+__all__ = ["LIKELIHOODS", "MODELS", "POSTERIORS", "VAE", "Elbo", "Likelihood", "Model", "build"]
 
 MODELS: dict[str, type[Model]] = {"vae": VAE}
 

@@ -4,29 +4,26 @@ r"""The variational autoencoder of Kingma & Welling, "Auto-Encoding Variational 
     \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, N(0, I)),
     \qquad q(z|x) = N(z; \mu(x), \mathrm{diag}\, \sigma^2(x))
 
-or a sample z_0 of that Gaussian moved by a normalizing flow, z = f_x(z_0), whose parameters the
-encoder gives too (Rezende & Mohamed, "Variational Inference with Normalizing Flows", ICML 2015):
-
-.. math::
-    \log q(z|x) = \log q_0(z_0|x) - \log\Big|\det \frac{\partial f_x}{\partial z_0}\Big|
+or a sample of that Gaussian moved by a normalizing flow (:mod:`fastvae.models.posterior`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
 
 from ..estimators import Elbo, elbo, gaussian_entropy, importance_sampled_log_likelihood
 from ..estimators.evidence import log_prior
-from ..flows.residual import FAMILIES as FLOWS
+from ..flows import Flow, StandardNormal
 from ..functional import reparameterize
 from .base import LIKELIHOODS, Model
+from .posterior import POSTERIORS
 
-__all__ = ["FLOWS", "VAE"]
+__all__ = ["VAE"]
 
 
 def _mlp(sizes: Sequence[int]) -> nn.Sequential:
@@ -45,8 +42,9 @@ class VAE(Model):
         latent_dim: the size of z.
         hidden: the widths of the encoder's hidden layers; the decoder has them in reverse.
         likelihood: of x in [0, 1]: ``"bernoulli"``, or ``"gaussian"`` with a predicted variance.
-        posterior: ``"gaussian"``; or its samples moved by a flow, ``"planar"`` or ``"radial"``.
-        flow_length: the steps of the flow; default: 16.
+        posterior: ``"gaussian"``; or its samples moved by a flow: ``"planar"``, ``"radial"``,
+            ``"householder"``, ``"iaf"``, ``"realnvp"`` or ``"nsf"``.
+        flow_length: the steps of the flow; default: 16, planar and radial, 4, or, of nsf, 2.
 
     Raises:
         ValueError: if a size is not positive, there is no such likelihood or posterior, or a
@@ -75,16 +73,18 @@ class VAE(Model):
             raise ValueError(
                 f"VAE: likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
             )
-        if posterior != "gaussian" and posterior not in FLOWS:
-            known = ", ".join(("gaussian", *FLOWS))
+        if posterior != "gaussian" and posterior not in POSTERIORS:
+            known = ", ".join(("gaussian", *POSTERIORS))
             raise ValueError(f"VAE: posterior must be one of {known}, got {posterior!r}")
-        self.flow = FLOWS.get(posterior)
-        if self.flow is None and flow_length is not None:
-            raise ValueError(
-                f"VAE: flow_length must be that of a flow, got {flow_length} and {posterior!r}"
-            )
-        steps = 0 if self.flow is None else 16 if flow_length is None else flow_length
-        if self.flow is not None and (not isinstance(steps, int) or steps < 1):
+        steps = flow_length
+        if posterior == "gaussian":
+            if flow_length is not None:
+                raise ValueError(
+                    f"VAE: flow_length must be that of a flow, got {flow_length} and {posterior!r}"
+                )
+        elif steps is None:
+            steps = POSTERIORS[posterior].length
+        elif not isinstance(steps, int) or steps < 1:
             raise ValueError(f"VAE: flow_length must be a positive integer, got {steps}")
         self.config = {
             "data_dim": data_dim,
@@ -92,17 +92,16 @@ class VAE(Model):
             "hidden": list(hidden),
             "likelihood": likelihood,
             "posterior": posterior,
-            "flow_length": steps or None,
+            "flow_length": steps,
         }
         self.latent_dim = latent_dim
-        self.flow_outputs = 0 if self.flow is None else steps * self.flow.size(latent_dim)
         self.likelihood = LIKELIHOODS[likelihood]
-        self.encoder = _mlp([data_dim, *hidden, 2 * latent_dim + self.flow_outputs])
-        if self.flow is not None:  # which begins near the identity
-            last = cast(nn.Linear, self.encoder[-1])
-            with torch.no_grad():
-                last.weight[2 * latent_dim :] *= 0.1
-                last.bias[2 * latent_dim :] = self.flow.identity(steps, latent_dim).flatten()
+        self.encoder = _mlp([data_dim, *hidden, 2 * latent_dim])
+        self.flow = None
+        if steps is not None:
+            context_dim = hidden[-1] if hidden else data_dim
+            transforms = POSTERIORS[posterior].make(latent_dim, steps, context_dim)
+            self.flow = Flow(StandardNormal(latent_dim), transforms)
         self.decoder = _mlp([latent_dim, *reversed(hidden), self.likelihood.heads * data_dim])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,13 +115,13 @@ class VAE(Model):
     def _encode(
         self, x: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """``mu`` and ``log_var``; and the flow, z to (z, log_det)."""
-        size = self.latent_dim
-        mu, log_var, steps = self.encoder(x).split((size, size, self.flow_outputs), dim=-1)
+        """``mu`` and ``log_var``; and the flow, z to (z, log_det), given the last hidden layer."""
+        *trunk, head = self.encoder
+        context = functools.reduce(lambda h, layer: layer(h), trunk, x)
+        mu, log_var = head(context).chunk(2, dim=-1)
         if (flow := self.flow) is None:
             return mu, log_var, lambda z: (z, z.new_zeros(z.shape[:-1]))
-        steps = steps.unflatten(-1, (-1, flow.size(size)))
-        return mu, log_var, lambda z: flow(z, steps)
+        return mu, log_var, lambda z: flow.forward_and_log_det(z, context)
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
         """The parameters of p(x | z), each ``[..., D]``: logits, or ``mu`` and ``log_var``."""
