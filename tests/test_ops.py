@@ -387,8 +387,10 @@ def test_every_registered_op_has_a_case():
     # the others are one op of several faces, or composed of ops: tests/test_covariance.py
     faces = {"reparameterize_tril", "gaussian_tril_kl", "reparameterize_low_rank_kl"}
     faces |= {"householder_columns"}  # tests/test_residual_flow.py
+    faces |= {"linear_flow"}  # tests/test_linear.py
     assert registered | faces == set(fastvae.functional.__all__)
-    assert {case.op for case in COMPOSITIONS} <= set(fastvae.estimators.__all__)
+    composed = {"linear_flow", "maf_sample", *fastvae.estimators.__all__}
+    assert {case.op for case in COMPOSITIONS} <= composed
 
 
 @each_case
