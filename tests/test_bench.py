@@ -1,6 +1,7 @@
 """The benchmark: its records, checks and arithmetic. Nothing here depends on how fast it is."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -203,3 +204,59 @@ def test_steps_compare_the_same_bound(package, amortised):
     error = (ours.var(0) + eager.var(0)).div(len(pairs)).sqrt()
     assert bool(((ours.mean(0) - eager.mean(0)).abs() < 5.0 * error).all())
     assert bool((error < 0.01 * ours.mean(0).abs()).all())
+
+
+# --- occupancy ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared", "blocks"),
+    [
+        (256, 64, 0, 4),  # 8 warps of 2048 registers: 4 blocks fill the file
+        (256, 65, 0, 3),  # of which a warp takes 2304
+        (384, 88, 0, 1),
+        (1024, 32, 0, 2),  # 64 warps
+        (32, 16, 0, 32),  # no more blocks than that
+        (128, 32, 100_000, 2),  # of shared memory
+    ],
+)
+def test_occupancy_is_what_is_scarcest(package, threads, registers, shared, blocks):
+    from bench.occupancy import resident
+
+    assert resident(threads, registers, shared, "sm_90") == blocks
+
+
+def test_widths_are_read_off_the_disassembly(package):
+    from bench.occupancy import sections, widths
+
+    code = """
+                Function : first
+        /*0010*/ LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/ LDG.E R4, [R2.64] ;  /*0030*/ @P0 LDG.E.U16 R4, [R2.64] ;
+                Function : second
+        /*0010*/ STG.E.64 [R2.64], R4 ;  /*0020*/ LDG.E.128 R4, [R2.64] ;
+    """
+    parts = dict(sections(code, "Function : "))
+    assert list(parts) == ["first", "second"]
+    assert widths(parts["first"], "LDG") == "128: 1, 32: 1, 16: 1"
+    assert widths(parts["first"], "STG") == ""
+    assert widths(parts["second"], "STG") == "64: 1"
+
+
+def test_occupancy_of_a_source(package, tmp_path):
+    """Where the tools are: no kernel keeps a stack, and rows are read 16 bytes at a time."""
+    import csv
+    import shutil
+
+    from bench import occupancy
+
+    has_dump = shutil.which("cuobjdump") or importlib.util.find_spec("triton")
+    if not (shutil.which("nvcc") and has_dump):
+        pytest.skip("no nvcc, or no cuobjdump (pip install triton)")
+    table = tmp_path / "kernels.csv"
+    assert occupancy.main([str(ROOT / "csrc" / "gaussian.cu"), "--out", str(table)]) == 0
+    kernels = list(csv.DictReader(table.open()))
+    assert all(k["stack"] == "0" and int(k["occupancy"]) > 0 for k in kernels)
+    wide = [k for k in kernels if k["name"].startswith("sweep_kernel<GaussianKl")]
+    assert wide
+    assert all(k["loads"].startswith("128") for k in wide if "float, float" in k["name"])
