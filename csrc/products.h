@@ -22,24 +22,36 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
 };
 
-// out[i][j] += sum_k a[i row + k inner] b[k][j] of rows i < kCount, n a multiple of kLanes.
+// out[i][j] += sum_k a[i row + k inner] b[k][j] of rows i < kCount, columns j..j + kVectors kLanes.
+template <class T, int kCount, int kVectors>
+FASTVAE_HD void multiply_tile(const T* a, int64_t row, int64_t inner, const T* b, T* out,
+                              int64_t count, int64_t n, int64_t j) {
+  typename VectorOf<T>::type sum[kCount][kVectors], columns[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) __builtin_memcpy(sum[i], out + i * n + j, sizeof sum[i]);
+  for (int64_t k = 0; k < count; ++k) {
+    __builtin_memcpy(columns, b + k * n + j, sizeof columns);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += a[i * row + k * inner] * columns[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) __builtin_memcpy(out + i * n + j, sum[i], sizeof sum[i]);
+}
+// Of all n columns, a multiple of kLanes. An addition waits for the one before: few rows take two
+// vectors of columns, to have eight sums under way.
 template <class T, int kCount>
 FASTVAE_HD void multiply_rows(const T* a, int64_t row, int64_t inner, const T* b, T* out,
                               int64_t count, int64_t n) {
-  using Vector = typename VectorOf<T>::type;
-  for (int64_t j = 0; j < n; j += kLanes) {
-    Vector sum[kCount];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) __builtin_memcpy(&sum[i], out + i * n + j, sizeof sum[i]);
-    for (int64_t k = 0; k < count; ++k) {
-      Vector columns;
-      __builtin_memcpy(&columns, b + k * n + j, sizeof columns);
-#pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) sum[i] += a[i * row + k * inner] * columns;
+  int64_t j = 0;
+  if constexpr (kCount < kProductRows) {
+    for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+      multiply_tile<T, kCount, 2>(a, row, inner, b, out, count, n, j);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) __builtin_memcpy(out + i * n + j, &sum[i], sizeof sum[i]);
   }
+  for (; j < n; j += kLanes) multiply_tile<T, kCount, 1>(a, row, inner, b, out, count, n, j);
 }
 template <class T>
 FASTVAE_CLONES void multiply(const T* a, int64_t row, int64_t inner, const T* b, T* out,
@@ -48,7 +60,15 @@ FASTVAE_CLONES void multiply(const T* a, int64_t row, int64_t inner, const T* b,
   for (; i + kProductRows <= rows; i += kProductRows) {
     multiply_rows<T, kProductRows>(a + i * row, row, inner, b, out + i * n, count, n);
   }
-  for (; i < rows; ++i) multiply_rows<T, 1>(a + i * row, row, inner, b, out + i * n, count, n);
+  if (i + 4 <= rows) {
+    multiply_rows<T, 4>(a + i * row, row, inner, b, out + i * n, count, n);
+    i += 4;
+  }
+  if (i + 2 <= rows) {
+    multiply_rows<T, 2>(a + i * row, row, inner, b, out + i * n, count, n);
+    i += 2;
+  }
+  if (i < rows) multiply_rows<T, 1>(a + i * row, row, inner, b, out + i * n, count, n);
 }
 
 template <class T>
