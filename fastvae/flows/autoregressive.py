@@ -188,7 +188,7 @@ class MADE(nn.Module):
         weights[-1], sums[-1] = weights[-1][self.order], sums[-1][:, self.order]
         before, after = self.begins[:-1], self.begins[1:]  # of each layer's inputs and outputs
 
-        if self.context_dim:  # what units say that see no column
+        if self.least == 0:  # what units say that see no column
             seen = rows[:, :0]
             for i, (a, b) in enumerate(zip(before, after, strict=True)):
                 sums[i] = torch.addmm(sums[i], seen, weights[i][:, : a[0]].mT)
