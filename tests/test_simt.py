@@ -13,6 +13,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -1272,7 +1273,7 @@ def test_unrolled_autoregressive_flows(
         z, sums = draw(rows, dims), draw(rows, widths[1])
 
         exact = [w.double().numpy() for w in weights]
-        masks = [b[:, None] >= a for a, b in zip(degrees, degrees[1:], strict=False)]
+        masks = [b[:, None] >= a for a, b in pairwise(degrees)]
         x, log_det = np.zeros((rows, dims)), np.zeros(rows)
         for d in range(dims):
             h = x @ (exact[0] * masks[0]).T

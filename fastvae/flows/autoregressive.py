@@ -150,9 +150,7 @@ class MADE(nn.Module):
             or forward_ad._current_level >= 0
             or (
                 torch.is_grad_enabled()
-                and any(
-                    x is not None and x.requires_grad for x in (z, context, *self.parameters())
-                )
+                and any(x is not None and x.requires_grad for x in (z, context, *self.parameters()))
             )
         ):
             return None
