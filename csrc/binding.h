@@ -181,26 +181,30 @@ struct Keeps {
 // Makes an op whose schemas are registered differentiable (autograd.cpp).
 void wire(torch::Library& m, const std::string& name, Keeps keeps);
 
+// Registers an op and its body for every device, and no gradient.
+template <class Body>
+void define_forward(torch::Library& m, const std::string& op, const std::string& arguments,
+                    Body body) {
+  m.def((op + arguments).c_str(), {at::Tag::pt2_compliant_tag});
+  for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
+    m.impl(op.c_str(), torch::dispatch(key, body));
+  }
+}
+
 // Registers an op from its arguments' schema, "(Tensor x, Tensor mu) -> Tensor", its backward's,
 // and that of forward_keeping if it has one.
 template <class Op>
 void define(torch::Library& m, const std::string& schema, const std::string& backward_schema,
             const std::string& keeping_schema = "") {
   const std::string name = Op::kName;
-  const auto add_bodies = [&](const std::string& op, const std::string& arguments, auto body) {
-    m.def((op + arguments).c_str(), {at::Tag::pt2_compliant_tag});
-    for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
-      m.impl(op.c_str(), torch::dispatch(key, body));
-    }
-  };
   constexpr Keeps keeps = [] {
     if constexpr (requires { Op::kKeeps; }) return Op::kKeeps;
     return Keeps{};
   }();
-  add_bodies(name, schema, TORCH_FN((Op::forward)));
-  add_bodies(name + "_backward", backward_schema, TORCH_FN((Op::backward)));
+  define_forward(m, name, schema, TORCH_FN((Op::forward)));
+  define_forward(m, name + "_backward", backward_schema, TORCH_FN((Op::backward)));
   if constexpr (keeps.derivative) {
-    add_bodies(name + "_keeping", keeping_schema, TORCH_FN((Op::forward_keeping)));
+    define_forward(m, name + "_keeping", keeping_schema, TORCH_FN((Op::forward_keeping)));
   }
   wire(m, name, keeps);
 }

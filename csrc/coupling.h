@@ -15,6 +15,8 @@
 
 namespace fastvae {
 
+enum class AffineKind : int { kExp, kTanhExp, kSigmoid, kGated, kAdditive };
+
 // A scale: log sigma and its derivative, sigma and 1 / sigma. What a formula does not use of these
 // is not computed.
 template <class T>
@@ -50,6 +52,7 @@ struct Scaled {
 
 struct Exp : Scaled {
   static constexpr const char* kName = "exp";
+  static constexpr AffineKind kKind = AffineKind::kExp;
 
   template <class T>
   static FASTVAE_HD Factor<T> factor(T s) {
@@ -59,6 +62,7 @@ struct Exp : Scaled {
 
 struct TanhExp : Scaled {
   static constexpr const char* kName = "tanh_exp";
+  static constexpr AffineKind kKind = AffineKind::kTanhExp;
 
   template <class T>
   static FASTVAE_HD Factor<T> factor(T s) {
@@ -78,6 +82,7 @@ FASTVAE_HD Factor<T> logistic_factor(T s) {
 
 struct Sigmoid {
   static constexpr const char* kName = "sigmoid";
+  static constexpr AffineKind kKind = AffineKind::kSigmoid;
   static constexpr bool kAddsShift = false;
 
   template <class T>
@@ -108,6 +113,7 @@ struct Sigmoid {
 
 struct Gated {
   static constexpr const char* kName = "gated";
+  static constexpr AffineKind kKind = AffineKind::kGated;
   static constexpr bool kAddsShift = false;
 
   template <class T>
@@ -135,6 +141,27 @@ struct Gated {
     return e.slope * e.inverse;
   }
 };
+
+// y = x + t: no number says sigma.
+struct Additive {
+  static constexpr const char* kName = "additive";
+  static constexpr AffineKind kKind = AffineKind::kAdditive;
+};
+
+// Calls f with the kind of that number: f(Exp{}). The additive is that of s = 0, which is exact.
+template <class F>
+FASTVAE_HD auto with_kind(AffineKind kind, const F& f) {
+  switch (kind) {
+    case AffineKind::kTanhExp:
+      return f(TanhExp{});
+    case AffineKind::kSigmoid:
+      return f(Sigmoid{});
+    case AffineKind::kGated:
+      return f(Gated{});
+    default:
+      return f(Exp{});
+  }
+}
 
 // With a mask, one number more after s: where it is 1, and not 0, a column passes as it is.
 template <class T>

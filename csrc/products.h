@@ -1,10 +1,11 @@
 // The CPU engine of flows by products of matrices (SylvesterSweep in residual_flow.h): all K steps
 // of a block of rows, which stay in the cache.
 //
-// There is one product, of rows by a matrix whose columns are in the lanes, eight rows at a time in
-// registers; given other strides it also sums the gradient of a matrix over the rows of a block.
-// Rows with lines of their own are taken one by one. What the inverse solves element after element
-// it solves for all rows of a block at once, which are then in the lanes.
+// There is one product, of rows by a matrix whose columns are in the lanes, four rows by two
+// vectors of columns at a time in registers; given other strides it also sums the gradient of a
+// matrix over the rows of a block. Rows with lines of their own are taken one by one. What the
+// inverse solves element after element it solves for all rows of a block at once, which are then
+// in the lanes.
 //
 // Threads are the caller's business: each function works on [begin, end) of its units. Sums over
 // rows are made of the sums of at most kMaxChunks runs of rows, in order, as in steps.h.
@@ -16,40 +17,100 @@
 
 namespace fastvae::cpu {
 
-inline constexpr int kProductRows = 8;  // at once in registers
-
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
-};
-
-// out[i][j] += sum_k a[i row + k inner] b[k][j] of rows i < kCount, n a multiple of kLanes.
-template <class T, int kCount>
-FASTVAE_HD void multiply_rows(const T* a, int64_t row, int64_t inner, const T* b, T* out,
+// out[i][j] += sum_k a[i row + k inner] b[k][j] of kCount rows and kVectors vectors of columns.
+template <class T, int kBytes, int kCount, int kVectors>
+FASTVAE_HD void multiply_tile(const T* a, int64_t row, int64_t inner, const T* b, T* out,
                               int64_t count, int64_t n) {
-  using Vector = typename VectorOf<T>::type;
-  for (int64_t j = 0; j < n; j += kLanes) {
-    Vector sum[kCount];
+  typedef T Vector __attribute__((vector_size(kBytes)));
+  constexpr int kWidth = kBytes / sizeof(T);
+  Vector sum[kCount][kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) __builtin_memcpy(&sum[i], out + i * n + j, sizeof sum[i]);
-    for (int64_t k = 0; k < count; ++k) {
-      Vector columns;
-      __builtin_memcpy(&columns, b + k * n + j, sizeof columns);
-#pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) sum[i] += a[i * row + k * inner] * columns;
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_memcpy(&sum[i][v], out + i * n + v * kWidth, sizeof(Vector));
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    Vector columns[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_memcpy(&columns[v], b + k * n + v * kWidth, sizeof(Vector));
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) __builtin_memcpy(out + i * n + j, &sum[i], sizeof sum[i]);
+    for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += a[i * row + k * inner] * columns[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_memcpy(out + i * n + v * kWidth, &sum[i][v], sizeof(Vector));
+    }
   }
 }
-template <class T>
-FASTVAE_CLONES void multiply(const T* a, int64_t row, int64_t inner, const T* b, T* out,
-                             int64_t rows, int64_t count, int64_t n) {
-  int64_t i = 0;
-  for (; i + kProductRows <= rows; i += kProductRows) {
-    multiply_rows<T, kProductRows>(a + i * row, row, inner, b, out + i * n, count, n);
+// kMost rows at a time, half as many of the rest, and so on.
+template <class T, int kBytes, int kMost, int kVectors>
+FASTVAE_HD void multiply_rows(const T* a, int64_t row, int64_t inner, const T* b, T* out,
+                              int64_t rows, int64_t count, int64_t n) {
+  for (; rows >= kMost; rows -= kMost, a += kMost * row, out += kMost * n) {
+    multiply_tile<T, kBytes, kMost, kVectors>(a, row, inner, b, out, count, n);
   }
-  for (; i < rows; ++i) multiply_rows<T, 1>(a + i * row, row, inner, b, out + i * n, count, n);
+  if constexpr (kMost > 1) {
+    multiply_rows<T, kBytes, kMost / 2, kVectors>(a, row, inner, b, out, rows, count, n);
+  }
+}
+// All n columns, a multiple of kLanes. An addition waits for the one before, so that eight sums
+// have to be under way: those of four rows by two vectors, where there is a second.
+template <class T, int kBytes>
+FASTVAE_HD void multiply_columns(const T* a, int64_t row, int64_t inner, const T* b, T* out,
+                                 int64_t rows, int64_t count, int64_t n) {
+  constexpr int64_t kPair = 2 * kBytes / sizeof(T);
+  int64_t j = 0;
+  for (; j + kPair <= n; j += kPair) {
+    multiply_rows<T, kBytes, 4, 2>(a, row, inner, b + j, out + j, rows, count, n);
+  }
+  if constexpr (kPair > kLanes) {
+    if (j < n) multiply_rows<T, kBytes, 8, 1>(a, row, inner, b + j, out + j, rows, count, n);
+  }
+}
+
+// gcc makes twenty times slower code of vectors that the registers do not hold: each instruction
+// set has those of its own.
+#ifdef FASTVAE_MULTIVERSION
+template <class T>
+FASTVAE_TARGET("arch=x86-64-v4")
+void multiply_v4(const T* a, int64_t row, int64_t inner, const T* b, T* out, int64_t rows,
+                 int64_t count, int64_t n) {
+  multiply_columns<T, 64>(a, row, inner, b, out, rows, count, n);
+}
+template <class T>
+FASTVAE_TARGET("arch=x86-64-v3")
+void multiply_v3(const T* a, int64_t row, int64_t inner, const T* b, T* out, int64_t rows,
+                 int64_t count, int64_t n) {
+  multiply_columns<T, 32>(a, row, inner, b, out, rows, count, n);
+}
+#endif
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+template <class T>
+void multiply(const T* a, int64_t row, int64_t inner, const T* b, T* out, int64_t rows,
+              int64_t count, int64_t n) {
+#ifdef FASTVAE_MULTIVERSION
+  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
+                           : __builtin_cpu_supports("x86-64-v3") ? 3
+                                                                 : 1;
+  if (level == 4) return multiply_v4(a, row, inner, b, out, rows, count, n);
+  if (level == 3) return multiply_v3(a, row, inner, b, out, rows, count, n);
+#endif
+  multiply_columns<T, kVectorBytes>(a, row, inner, b, out, rows, count, n);
 }
 
 template <class T>

@@ -339,6 +339,13 @@ def test_unrolling_is_as_many_passes_and_so_are_its_gradients(element, hidden, g
     torch.testing.assert_close(got, gradients(_by_passes(transform, z, context)))
 
 
+@pytest.mark.parametrize("element", [flows.Affine("gated"), flows.Spline(5)])
+def test_a_single_column_is_unrolled_through_hidden_units_that_see_none(element):
+    transform = stirred(flows.Autoregressive(1, element, hidden=(9, 4)))
+    z = torch.randn(11, 1, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(transform(z), _by_passes(transform, z))
+
+
 def test_unrolling_is_exact_to_1e_6_in_float32():
     torch.manual_seed(0)
     transform = flows.AffineAutoregressive(64, "tanh_exp", hidden=(256, 256)).eval()

@@ -383,6 +383,7 @@ def test_every_registered_op_has_a_case():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("fastvae::")
     }
+    registered -= {"unroll_affine"}  # private to fastvae.flows: tests/test_unroll.py
     assert registered == {case.op for case in CASES}
     # the others are one op of several faces, or composed of ops: tests/test_covariance.py
     faces = {"reparameterize_tril", "gaussian_tril_kl", "reparameterize_low_rank_kl"}

@@ -13,6 +13,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -1247,6 +1248,85 @@ def test_sylvester_flows(program: Path, inverse: bool, shared: bool, dtype: torc
                 for t, e in zip(got, want, strict=True):
                     scale = e.abs() + e.square().mean().sqrt() + 1e-3
                     assert ((t.double() - e).abs() <= tolerance * scale).all()
+
+
+# ---- autoregressive flows ---------------------------------------------------------------------
+
+ACTIVATIONS = {  # in the order of Activation
+    "relu": lambda a: np.maximum(a, 0),
+    "leaky_relu": lambda a: np.where(a > 0, a, 0.01 * a),
+    "elu": lambda a: np.where(a > 0, a, np.expm1(np.minimum(a, 0))),
+    "silu": lambda a: a / (1 + np.exp(-a)),
+    "sigmoid": lambda a: 1 / (1 + np.exp(-a)),
+    "tanh": np.tanh,
+}
+KINDS = {  # in the order of AffineKind: sigma, and y, of s, x, t
+    "exp": (np.exp, lambda sigma, x, t: sigma * x + t),
+    "tanh_exp": (lambda s: np.exp(np.tanh(s)), lambda sigma, x, t: sigma * x + t),
+    "sigmoid": (lambda s: 1 / (1 + np.exp(-s - 2)), lambda sigma, x, t: sigma * (x + t)),
+    "gated": (lambda s: 1 / (1 + np.exp(-s)), lambda sigma, x, t: sigma * x + (1 - sigma) * t),
+    "additive": (np.ones_like, lambda sigma, x, t: x + t),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unrolled_autoregressive_flows(
+    program: Path, kind: str, inverse: bool, dtype: torch.dtype
+) -> None:
+    """The reference masks by degrees, and passes once through all for each column."""
+    sigma_of, apply = KINDS[kind]
+    numbers = 1 if kind == "additive" else 2
+    # (rows, dims, hidden, with sums): rows of several tiles, units of several warps, hardly any
+    cases = [(1, 1, (), False), (9, 2, (1,), True), (33, 3, (), True), (3, 7, (3, 50), False)]
+    cases += [(17, 5, (40, 3, 20), True), (2, 40, (70, 9), False)]
+    for case, (rows, dims, hidden, with_sums) in enumerate(cases):
+        g = np.random.default_rng(case)
+        least = 0 if with_sums or dims == 1 else 1
+        name = list(ACTIVATIONS)[(case + len(kind)) % len(ACTIVATIONS)]
+
+        def draw(*shape: int, scale: float = 1.0, g=g) -> torch.Tensor:
+            return torch.from_numpy(scale * g.standard_normal(shape)).to(dtype)
+
+        degrees = [np.arange(1, dims + 1)]
+        degrees += [least + np.arange(n) * (dims - least) // n for n in hidden]
+        degrees.append(np.tile(np.arange(dims), numbers))
+        widths = [len(d) for d in degrees]
+        layers = list(zip(widths[1:], widths[:-1], strict=True))
+        weights = [draw(n, m, scale=m**-0.5) for n, m in layers]
+        biases = [draw(n) for n in widths[1:]]
+        z, sums = draw(rows, dims), draw(rows, widths[1])
+
+        exact = [w.double().numpy() for w in weights]
+        masks = [b[:, None] >= a for a, b in pairwise(degrees)]
+        x, log_det = np.zeros((rows, dims)), np.zeros(rows)
+        for d in range(dims):
+            h = x @ (exact[0] * masks[0]).T
+            h = h + (sums if with_sums else biases[0]).double().numpy()
+            for w, mask, bias in zip(exact[1:], masks[1:], biases[1:], strict=True):
+                h = ACTIVATIONS[name](h) @ (w * mask).T + bias.double().numpy()
+            sigma, t = sigma_of(h[:, dims + d if numbers == 2 else d]), h[:, d]
+            given = z[:, d].double().numpy()
+            if inverse:  # y is affine in x: apply(0) and the slope sigma
+                x[:, d] = (given - apply(sigma, 0.0, t)) / sigma
+            else:
+                x[:, d] = apply(sigma, given, t)
+            log_det += (-1 if inverse else 1) * np.log(sigma)
+
+        tensors = [z, torch.tensor(widths)]
+        for w, bias in zip(weights, biases, strict=True):
+            tensors += [w, bias]
+        tensors += [sums] * with_sums
+        which = (list(KINDS).index(kind), int(inverse), list(ACTIVATIONS).index(name), least)
+        sizes = (rows, len(layers), dims, *which, int(with_sums))
+        shapes = [((rows, dims), dtype), ((rows,), dtype)]
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+        for first in (False, True):
+            got = run_flow(program, "unroll_affine", sizes, first, tuple(tensors), shapes)
+            for value, want in zip(got, (x, log_det), strict=True):
+                error = np.abs(value.double().numpy() - want)
+                assert (error <= tolerance * (1 + np.abs(x).max() + np.abs(want))).all(), case
 
 
 # ---- splines ----------------------------------------------------------------------------------

@@ -76,9 +76,10 @@ LOOPS = [
         for real in REALS
         for inverse in ("true", "false")
     ),
+    *(f"{loop}<{real}>" for loop in ("bend_rows", "bend_again", "unbend_rows") for real in REALS),
     *(
-        f"{loop}<{real}>"
-        for loop in ("multiply", "bend_rows", "bend_again", "unbend_rows")
+        f"activate<fastvae::{activation}, {real}>"
+        for activation in ("LeakyRelu", "Elu", "Silu", "Logistic", "HyperbolicTangent")
         for real in REALS
     ),
     *(f"share_out<{real}>" for real in REALS),
@@ -140,6 +141,19 @@ def test_hot_loop_is_vector_code(functions, loop, level):
     assert bodies, f"no {level} version of {loop}"
     for name, body in bodies.items():
         check(name, body, REGISTER[level])
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize(("level", "register"), [("v4", "zmm"), ("v3", "ymm")])
+def test_products_keep_their_sums_in_registers(functions, level, register, real):
+    """No clones: each instruction set has vectors of its own (products.h)."""
+    bodies = [b for n, b in functions.items() if f"multiply_{level}<{real}>(" in n]
+    assert len(bodies) == 1
+    check(f"multiply_{level}", bodies[0], register)
+    fused = re.findall(rf"vfmadd\S+ .*{register}", bodies[0])
+    assert len(fused) >= 8 + 4 + 2
+    spilled = re.findall(rf"vmov\S+ +%{register}\d+,-?\w*\(%rsp", bodies[0])
+    assert not spilled
 
 
 @pytest.mark.parametrize("level", REGISTER)

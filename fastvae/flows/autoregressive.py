@@ -13,8 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
+from .. import _load
 from .element import Affine, Element, Spline
 from .transform import Transform
 
@@ -22,6 +24,17 @@ __all__ = ["MADE", "AffineAutoregressive", "Autoregressive", "SplineAutoregressi
 
 # (column of the input, its parameters) -> (the column found, log_det)
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# The names by which the kernel knows those activations that it does.
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+MAX_LAYERS = 32  # of the kernel
 
 
 class MaskedLinear(nn.Linear):
@@ -80,7 +93,7 @@ class MADE(nn.Module):
         if columns.dim() != 1 or columns.numel() == 0 or columns.min() < 0 or columns.max() >= dim:
             raise ValueError(f"MADE: columns must be of 0 to {dim - 1}, got {columns.tolist()}")
         self.dim, self.context_dim = dim, context_dim
-        least = 0 if context_dim or dim == 1 else 1
+        self.least = least = 0 if context_dim or dim == 1 else 1
         # Of the inputs, of each hidden layer, and of the outputs, which may see a degree less.
         degrees = [torch.arange(1, dim + 1)]
         degrees += [least + torch.arange(width) * (dim - least) // width for width in hidden]
@@ -111,6 +124,47 @@ class MADE(nn.Module):
             x = layer(self.activation(x))
         return x
 
+    def _first_sums(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """What the first layer's units add the columns to, ``[..., N]``, of a context."""
+        assert context is not None
+        first = self._layers()[0]
+        return (first.bias + self.context(context)).expand(*z.shape[:-1], -1)
+
+    def unroll_affine(
+        self, z: Tensor, kind: str, inverse: bool, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """:meth:`unroll` of :class:`Affine` in one launch; None where there is no kernel for it.
+
+        Which has no gradient, and knows nothing of transforms of functions, nor of autocast.
+        """
+        layers, act = self._layers(), self.activation
+        if (
+            _load.module is None
+            or not (z.is_cpu or (z.is_cuda and _load.module.cuda))
+            or type(act) not in ACTIVATIONS
+            or (isinstance(act, nn.ELU) and act.alpha != 1.0)
+            or (isinstance(act, nn.LeakyReLU) and act.negative_slope != 0.01)
+            or len(layers) > MAX_LAYERS
+            or torch.is_autocast_enabled(z.device.type)
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or (
+                torch.is_grad_enabled()
+                and any(x is not None and x.requires_grad for x in (z, context, *self.parameters()))
+            )
+        ):
+            return None
+        return torch.ops.fastvae.unroll_affine.default(  # type: ignore[no-any-return]
+            z,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            self._first_sums(z, context) if self.context_dim else None,
+            self.least,
+            kind,
+            inverse,
+            ACTIVATIONS[type(act)],
+        )
+
     def unroll(self, z: Tensor, step: Step, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Solves ``x_d = step(z_d, outputs for d of x)`` column after column: ``(x, log_det)``.
 
@@ -128,13 +182,11 @@ class MADE(nn.Module):
         weights: list[Tensor] = [layer.weight for layer in self._layers()]
         sums = [layer.bias.expand(rows.shape[0], -1) for layer in self._layers()]
         if self.context_dim:
-            assert context is not None
-            told = self.context(context).expand(*z.shape[:-1], -1)
-            sums[0] = sums[0] + told.reshape(sums[0].shape)
+            sums[0] = self._first_sums(z, context).reshape(sums[0].shape)
         weights[-1], sums[-1] = weights[-1][self.order], sums[-1][:, self.order]
         before, after = self.begins[:-1], self.begins[1:]  # of each layer's inputs and outputs
 
-        if self.context_dim:  # what units say that see no column
+        if self.least == 0:  # what units say that see no column
             seen = rows[:, :0]
             for i, (a, b) in enumerate(zip(before, after, strict=True)):
                 sums[i] = torch.addmm(sums[i], seen, weights[i][:, : a[0]].mT)
@@ -214,6 +266,10 @@ class Autoregressive(Transform):
         context = self.check(x, context)
         if known:  # what the network sees
             return self.element(x, self.conditioner(x, context), inverse)
+        if type(self.element) is Affine:
+            moved = self.conditioner.unroll_affine(x, self.element.kind, inverse, context)
+            if moved is not None:
+                return moved
         return self.conditioner.unroll(
             x, lambda column, numbers: self.element(column, numbers, inverse), context
         )

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "autoregressive.h"
 #include "channels.h"
 #include "covariance.h"
 #include "pairing.h"
@@ -22,8 +23,8 @@
 #include "sweep.h"
 
 namespace fastvae::cuda {
-// mixture.cu, covariance.cu, logistic.cu, spline.cu and residual_flow.cu, which a program of fewer
-// sources lacks.
+// mixture.cu, covariance.cu, logistic.cu, spline.cu, residual_flow.cu, sylvester.cu and
+// autoregressive.cu, which a program of fewer sources lacks.
 __attribute__((weak)) const char* sweep_pairs(const Pairing& p, bool backward, void* stream);
 __attribute__((weak)) const char* sweep_triangles(const TriangleSweep& s, bool backward,
                                                   void* stream);
@@ -36,6 +37,8 @@ __attribute__((weak)) int64_t flow_scratch(const FlowSweep& s, bool backward);
 __attribute__((weak)) const char* sweep_sylvester(const SylvesterSweep& s, bool backward,
                                                   void* lent, void*);
 __attribute__((weak)) int64_t sylvester_scratch(const SylvesterSweep& s, bool backward);
+__attribute__((weak)) const char* unroll(const UnrollSweep& s, void* lent, void*);
+__attribute__((weak)) int64_t unroll_scratch(const UnrollSweep& s);
 }  // namespace fastvae::cuda
 
 extern "C" const char* __asan_default_options() {
@@ -423,6 +426,43 @@ void run_sylvester(const Header& h) {
   }
 }
 
+// Name "unroll_affine": rows, layers and dims come as outer, inner and columns, the kind as
+// `inputs`, the activation as `outputs`, the least degree as `row_sums`, whether it is the inverse
+// as `row_inputs`, whether there are sums as `wanted`. Then, contiguous: z, the widths of the
+// inputs and of all layers, weights and bias of each layer, sums. The answer is x and log_det.
+void run_unroll(const Header& h) {
+  const int64_t item = h.dtype == 0 ? 4 : 8;
+  UnrollSweep s;
+  s.in_double = h.dtype == 1;
+  s.rows = h.outer, s.layers = static_cast<int>(h.inner), s.dims = h.columns;
+  s.kind = static_cast<AffineKind>(h.inputs), s.inverse = h.row_inputs != 0;
+  s.activation = static_cast<Activation>(h.outputs), s.least = h.row_sums;
+  std::vector<Buffer> buffers;
+  const auto input = [&](int64_t count) {
+    buffers.push_back(allocate(count * item));
+    receive(buffers.back().get(), static_cast<size_t>(count * item));
+    return buffers.back().get();
+  };
+  s.z = input(s.rows * s.dims);
+  receive(s.widths, sizeof(int64_t) * static_cast<size_t>(s.layers + 1));
+  for (int i = 0; i < s.layers; ++i) {
+    s.weights[i] = input(s.widths[i] * s.widths[i + 1]);
+    s.biases[i] = input(s.widths[i + 1]);
+    s.begins[i + 1] = s.begins[i] + s.widths[i];
+  }
+  if (h.wanted != 0) s.sums = input(s.rows * s.widths[1]);
+  const Buffer x = allocate(s.rows * s.dims * item), log_det = allocate(s.rows * item);
+  s.x = x.get(), s.log_det = log_det.get();
+  simt::options = {h.highest_first != 0, h.most_blocks, h.only_block};
+  const Buffer lent = allocate(cuda::unroll_scratch(s));
+  if (const char* error = cuda::unroll(s, lent.get(), nullptr)) {
+    std::fprintf(stderr, "run: %s: %s\n", h.name, error);
+    std::exit(2);
+  }
+  std::fwrite(x.get(), static_cast<size_t>(s.rows * s.dims * item), 1, stdout);
+  std::fwrite(log_det.get(), static_cast<size_t>(s.rows * item), 1, stdout);
+}
+
 // Name "pixels": channels and components come as inner and columns, the number of bins less one as
 // the parameter, the map to a scale as `inputs`; sizes follow. Then x, logits, mu, log_scale and
 // coeffs, each an OperandHeader and its data; backward has the kept, the gradients, and an
@@ -500,6 +540,7 @@ int main() {
                          : name == "planar_flow"      ? run_flow<Planar>
                          : name == "radial_flow"      ? run_flow<Radial>
                          : name == "sylvester_flow"   ? run_sylvester
+                         : name == "unroll_affine"    ? run_unroll
                          : name == "spline"           ? run_spline
                                                       : run_case;
     run_one(header);
