@@ -18,12 +18,6 @@ inline int64_t blocks_of(const UnrollSweep& s) {
   return std::min(kMostTiles, (s.rows + kTile - 1) / kTile);
 }
 
-template <class T>
-__device__ __forceinline__ T add_over_warp(T x) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // A tile of rows, and the units that are known of them, [row][unit].
 template <class T>
 struct Tile {
@@ -60,7 +54,7 @@ struct Tile {
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      sums[i] = add_over_warp(sums[i]) + start(layer, unit, r + i);
+      sums[i] = warp_sum(sums[i], kWarp) + start(layer, unit, r + i);
     }
   }
 

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kTriangleBlock, kBlocks<T>)
           part = Triangle::sample(part, c, eps[j]);
           square = Triangle::kl(square, c);
         }
-        const double sum = warp_sum(part, kWarp);
+        const double sum = warp_sum(static_cast<double>(part), kWarp);
         if (lane == 0) z[i] = static_cast<T>(z[i] + sum);
         kl += square;
       }

@@ -183,7 +183,8 @@ __device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadId
 // ---- the sum over a team ----------------------------------------------------------------------
 
 // Every lane gets the sum over its aligned group of `width` lanes, a power of two.
-__device__ __forceinline__ double warp_sum(double x, int width) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T x, int width) {
   for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
 }
@@ -204,7 +205,7 @@ __device__ inline double block_sum(double x) {
   __syncthreads();
   if (warp == 0) {
     const int warps = static_cast<int>(blockDim.x) / kWarp;
-    x = warp_sum(lane < warps ? partial[lane] : 0, kWarp);
+    x = warp_sum(lane < warps ? partial[lane] : 0.0, kWarp);
   }
   __syncthreads();  // the next row's sums must not overwrite what the first warp still reads
   return x;

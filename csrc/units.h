@@ -137,7 +137,8 @@ class UnitTask {
   const UnrollSweep& s_;
   const Loops<T> element_;
   void (*const activate_)(T* x, int64_t n);
-  Buffer units_, z_, given_, one_;  // but for the last of n_ lanes: one block, or two
+  Buffer units_, z_, given_;  // [unit][n]: of one block, or of two
+  Buffer one_;                // [unit][kLanes]
   int64_t first_ = 0;
   int n_ = kLanes;
 };
