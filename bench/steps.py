@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from cases import eager_planar_flow
@@ -26,18 +24,16 @@ class FlowVAE(nn.Module):
         super().__init__()
         posterior = {"posterior": "planar", "flow_length": length} if amortised else {}
         self.vae = models.VAE(DATA, LATENT, (HIDDEN,), **posterior)
-        self.length = length
         self.flow = None if amortised else fastvae.flows.Planar(LATENT, length)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``mu``, ``log_var`` and the steps, ``[K, 2 L + 1]`` or ``[B, K, 2 L + 1]``."""
-        *trunk, head = self.vae.encoder
-        context = functools.reduce(lambda h, layer: layer(h), trunk, x)
-        mu, log_var = head(context).chunk(2, -1)
+        context = self.vae.context(x)
+        mu, log_var = self.vae.encoder[-1](context).chunk(2, -1)
         if self.flow is not None:
             return mu, log_var, self.flow.steps
         (planar,) = self.vae.flow.transforms
-        return mu, log_var, planar.conditioner(context).unflatten(-1, (self.length, -1))
+        return mu, log_var, planar.lines(context)
 
     def elbo(self, x: Tensor) -> Tensor:
         if self.flow is None:
@@ -64,20 +60,6 @@ def eager_elbo(model: FlowVAE, x: Tensor) -> Tensor:
     return demo.eager_bernoulli_log_prob(x, *model.vae.decode(z)) + log_prior - log_q
 
 
-def _stepper(
-    model: FlowVAE, elbo: Callable[[FlowVAE, Tensor], Tensor], x: Tensor
-) -> Callable[[], object]:
-    own = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(own.parameters(), fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        torch.autograd.backward(-elbo(own, x).mean())
-        optimizer.step()
-
-    return step
-
-
 def compare_steps() -> Iterator[demo.Comparison]:
     """A step with fastvae's ops against one without, at each length of the flow."""
     x = (torch.rand(BATCH, DATA) < 0.3).float()
@@ -85,8 +67,8 @@ def compare_steps() -> Iterator[demo.Comparison]:
         for length in (16, 80):
             model = FlowVAE(length, amortised)
             what = f"planar, K = {length}, {'each row its own' if amortised else 'shared'}"
-            fused = _stepper(model, FlowVAE.elbo, x)
-            yield demo.compare(what, fused, _stepper(model, eager_elbo, x))
+            fused = demo.stepper(model, FlowVAE.elbo, x)
+            yield demo.compare(what, fused, demo.stepper(model, eager_elbo, x))
             if length == 16:  # it unrolls all steps: 80 of them take minutes
-                compiled = _stepper(model, torch.compile(eager_elbo), x)
+                compiled = demo.stepper(model, torch.compile(eager_elbo), x)
                 yield demo.compare(what, fused, compiled, rival="compile")

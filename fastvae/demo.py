@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,16 @@ from torch.nn import functional
 from .functional import bernoulli_log_prob, reparameterize_kl
 from .models import VAE
 
-__all__ = ["Comparison", "compare", "compare_elbo_terms", "compare_training_step", "eager_elbo"]
+__all__ = [
+    "Comparison",
+    "compare",
+    "compare_elbo_terms",
+    "compare_training_step",
+    "eager_elbo",
+    "stepper",
+]
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 _ROUNDS = 31
 _SECONDS = 0.1  # per round and contestant
@@ -94,22 +104,23 @@ def compare(
     return Comparison(what, times[0], times[1], ratio, low, high, rival)
 
 
+def stepper(model: M, elbo: Callable[[M, Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    """A call of it trains a copy of the model on ``x``, ``[B, D]``: forward, backward and Adam."""
+    own = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(own.parameters(), fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(-elbo(own, x).mean())
+        optimizer.step()
+
+    return step
+
+
 def compare_training_step(model: VAE, x: Tensor) -> Comparison:
     """Forward, backward and Adam on one minibatch ``x``, ``[B, D]``."""
-
-    def stepper(elbo: Callable[[VAE, Tensor], Tensor]) -> Callable[[], object]:
-        own = copy.deepcopy(model)
-        optimizer = torch.optim.Adam(own.parameters(), fused=True)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            torch.autograd.backward(-elbo(own, x).mean())
-            optimizer.step()
-
-        return step
-
-    fused = stepper(lambda own, x: own.elbo(x).elbo)
-    return compare(f"training step, batch of {len(x)}", fused, stepper(eager_elbo))
+    fused = stepper(model, lambda own, x: own.elbo(x).elbo, x)
+    return compare(f"training step, batch of {len(x)}", fused, stepper(model, eager_elbo, x))
 
 
 def compare_elbo_terms(model: VAE, x: Tensor) -> Comparison:

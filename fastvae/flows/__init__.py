@@ -11,10 +11,10 @@ from .element import Affine, Element, Spline
 from .elementwise import ActNorm, BatchNorm, Permutation
 from .flow import Flow, StandardNormal
 from .image import Multiscale
-from .linear import Householder, Linear
+from .linear import Linear
 from .networks import conv_net, mlp
 from .recipes import glow_like, iaf_posterior, maf, nsf, planar_posterior, realnvp
-from .residual import Planar, Radial
+from .residual import Householder, Planar, Radial
 from .transform import Transform
 
 __all__ = [

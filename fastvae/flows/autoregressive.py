@@ -2,7 +2,8 @@
 
 One direction is one pass of the network. In the other a column has to be known before the next can
 be; but no part of the network is evaluated twice for that: its units are in the order of the
-columns that they see, and :meth:`MADE.unroll` fills them in as columns become known.
+columns that they see, and :meth:`MADE.unroll` fills them in as columns become known. Where no
+gradient is wanted, one launch does so for affine elements: :meth:`MADE.unroll_affine`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch.nn.functional import linear
 
 from .. import _load
 from .element import Affine, Element, Spline
-from .transform import Transform
+from .networks import start_at
+from .transform import TwoWay
 
 __all__ = ["MADE", "AffineAutoregressive", "Autoregressive", "SplineAutoregressive"]
 
@@ -220,7 +222,7 @@ class MADE(nn.Module):
         return units[0].view(z.shape), log_det.view(z.shape[:-1])
 
 
-class Autoregressive(Transform):
+class Autoregressive(TwoWay):
     """Each column moves as the columns before it say.
 
     With ``given="data"``, as in MAF, those are of the data x: densities take one pass, samples are
@@ -255,16 +257,10 @@ class Autoregressive(Transform):
             raise ValueError(f"{type(self).__name__}: given must be data or noise, got {given}")
         self.dim, self.element, self.given, self.context_dim = dim, element, given, context_dim
         self.conditioner = MADE(dim, element.columns(dim), hidden, activation, context_dim)
-        last = cast(MaskedLinear, self.conditioner.layers[-1])
-        nn.init.zeros_(last.weight)
-        with torch.no_grad():
-            last.bias.copy_(element.start(dim))
+        start_at(cast(MaskedLinear, self.conditioner.layers[-1]), element.start(dim))
 
-    def _move(
-        self, x: Tensor, context: Tensor | None, inverse: bool, known: bool
-    ) -> tuple[Tensor, Tensor]:
-        context = self.check(x, context)
-        if known:  # what the network sees
+    def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if inverse == (self.given == "data"):  # what the network sees is known
             return self.element(x, self.conditioner(x, context), inverse)
         if type(self.element) is Affine:
             moved = self.conditioner.unroll_affine(x, self.element.kind, inverse, context)
@@ -273,16 +269,6 @@ class Autoregressive(Transform):
         return self.conditioner.unroll(
             x, lambda column, numbers: self.element(column, numbers, inverse), context
         )
-
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._move(z, context, inverse=False, known=self.given == "noise")
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._move(x, context, inverse=True, known=self.given == "data")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, given={self.given}, {self.element}"

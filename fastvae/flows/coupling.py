@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .element import Affine, Element, Spline
 from .networks import Conditioner, mlp, network_for
-from .transform import Transform
+from .transform import TwoWay
 
 __all__ = ["AffineCoupling", "Conditional", "Coupling", "SplineCoupling"]
 
 
-class Coupling(Transform):
+class Coupling(TwoWay):
     """``passing`` of D columns pass; the others move as these say.
 
     Args:
@@ -48,8 +48,7 @@ class Coupling(Transform):
         inputs = self.passing + context_dim
         self.conditioner = network_for(conditioner, inputs, element, self.moving)
 
-    def _couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        context = self.check(x, context)
+    def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if self.flip:
             moving, passing = x.split([self.moving, self.passing], -1)
         else:
@@ -59,16 +58,6 @@ class Coupling(Transform):
             given = torch.cat([passing, context.expand(*passing.shape[:-1], -1)], -1)
         moved, log_det = self.element(moving, self.conditioner(given), inverse)
         return torch.cat([moved, passing] if self.flip else [passing, moved], -1), log_det
-
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._couple(z, context, inverse=False)
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._couple(x, context, inverse=True)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, passing={self.passing}, flip={self.flip}, {self.element}"
@@ -108,7 +97,7 @@ class SplineCoupling(Coupling):
         super().__init__(dim, Spline(bins, bound), **others)
 
 
-class Conditional(Transform):
+class Conditional(TwoWay):
     """All columns move as the context alone says: of N(0, I) an :class:`Affine` one makes the
     diagonal Gaussian of a recognition network.
 
@@ -139,15 +128,8 @@ class Conditional(Transform):
         self.element = Affine("exp") if element is None else element
         self.conditioner = network_for(conditioner or mlp(()), context_dim, self.element, dim)
 
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.element(z, self.conditioner(self.check(z, context)), inverse=False)
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.element(x, self.conditioner(self.check(x, context)), inverse=True)
+    def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self.element(x, self.conditioner(context), inverse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.element}"

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import affine_coupling
-from .transform import Transform, no_determinant
+from .transform import Transform, TwoWay, no_determinant
 
 __all__ = ["ActNorm", "BatchNorm", "Permutation"]
 
 
-class ActNorm(Transform):
+class ActNorm(TwoWay):
     r"""A scale and a shift for each column, :math:`x = e^s z + t`.
 
     The first batch that it meets in training, in either direction, sets them so that what comes out
@@ -44,19 +44,9 @@ class ActNorm(Transform):
         self.shift.copy_(mean if inverse else -mean / deviation)
         self.is_set.fill_(True)
 
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        self.check(z, None)
-        self._set(z, inverse=False)
-        return affine_coupling(z, self.shift, self.log_scale)
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        self.check(x, None)
-        self._set(x, inverse=True)
-        return affine_coupling(x, self.shift, self.log_scale, inverse=True)
+    def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        self._set(x, inverse)
+        return affine_coupling(x, self.shift, self.log_scale, inverse=inverse)
 
 
 class BatchNorm(Transform):
@@ -124,7 +114,7 @@ class BatchNorm(Transform):
         return z, log_det + other
 
 
-class Permutation(Transform):
+class Permutation(TwoWay):
     """The columns in another order: reversed, or one drawn when the module is made.
 
     >>> fastvae.flows.Permutation(4).forward_and_log_det(torch.arange(4.0))[0]
@@ -143,17 +133,8 @@ class Permutation(Transform):
         self.register_buffer("order", order)
         self.register_buffer("back", order.argsort())
 
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        self.check(z, None)
-        return z.index_select(-1, self.order), no_determinant(z)
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        self.check(x, None)
-        return x.index_select(-1, self.back), no_determinant(x)
+    def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return x.index_select(-1, self.back if inverse else self.order), no_determinant(x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, random={self.random}"

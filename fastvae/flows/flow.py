@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional import gaussian_log_prob
 from .transform import Transform, no_determinant
 
-__all__ = ["Flow", "StandardNormal"]
+__all__ = ["Chain", "Flow", "StandardNormal"]
 
 
 class StandardNormal(nn.Module):
@@ -47,32 +47,16 @@ def _total(log_dets: list[Tensor], x: Tensor) -> Tensor:
     return functools.reduce(torch.add, log_dets) if log_dets else no_determinant(x)
 
 
-class Flow(nn.Module):
-    r"""The density of :math:`x = f_K(\dots f_1(z))` for z of a base density.
+class Chain(nn.Module):
+    """Transforms one after the other, from noise to data; each is handed the context."""
 
-    .. math:: \log p(x) = \log p_0(z) + \sum_k \log|\det \partial z_{k-1} / \partial z_k|
-
-    Args:
-        base: has ``log_prob(z)``, one number a row, and ``rsample(shape)``: a
-            :class:`StandardNormal`, or a ``torch.distributions.Independent``.
-        transforms: from noise to data, in that order. A ``context``, ``[..., C]``, is handed to
-            each of them.
-
-    >>> flow = fastvae.flows.realnvp(2, length=4)
-    >>> loss = -flow.log_prob(torch.randn(16, 2)).mean()
-    >>> loss.backward()
-    >>> flow.sample(5).shape
-    torch.Size([5, 2])
-    """
-
-    def __init__(self, base: Any, transforms: Iterable[Transform]) -> None:
+    def __init__(self, transforms: Iterable[Transform]) -> None:
         super().__init__()
-        self.base = base
         chain = list(transforms)
         for transform in chain:
             if not isinstance(transform, Transform):
                 raise TypeError(
-                    "Flow: transforms must be of fastvae.flows.Transform, got "
+                    f"{type(self).__name__}: transforms must be of fastvae.flows.Transform, got "
                     f"{type(transform).__name__}"
                 )
         self.transforms = nn.ModuleList(chain)
@@ -99,6 +83,29 @@ class Flow(nn.Module):
             x, log_det = transform.inverse_and_log_det(x, context)
             log_dets.append(log_det)
         return x, _total(log_dets, x)
+
+
+class Flow(Chain):
+    r"""The density of :math:`x = f_K(\dots f_1(z))` for z of a base density.
+
+    .. math:: \log p(x) = \log p_0(z) + \sum_k \log|\det \partial z_{k-1} / \partial z_k|
+
+    Args:
+        base: has ``log_prob(z)``, one number a row, and ``rsample(shape)``: a
+            :class:`StandardNormal`, or a ``torch.distributions.Independent``.
+        transforms: from noise to data, in that order. A ``context``, ``[..., C]``, is handed to
+            each of them.
+
+    >>> flow = fastvae.flows.realnvp(2, length=4)
+    >>> loss = -flow.log_prob(torch.randn(16, 2)).mean()
+    >>> loss.backward()
+    >>> flow.sample(5).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, base: Any, transforms: Iterable[Transform]) -> None:
+        super().__init__(transforms)
+        self.base = base
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Nats per row, ``[...]``, of ``x``, ``[..., D]`` (or as transforms make of such rows)."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .flow import Chain
 from .transform import Transform, no_determinant
 
 __all__ = ["Multiscale"]
@@ -52,10 +54,13 @@ class Multiscale(Transform):
     def __init__(self, shape: tuple[int, int, int], levels: Iterable[Iterable[Transform]]) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        self.levels = nn.ModuleList(nn.ModuleList(level) for level in levels)
-        self.channels(shape, len(self.levels))
+        self.levels = nn.ModuleList(Chain(level) for level in levels)
+        all_channels = self.channels(shape, len(self.levels))
         channels, height, width = shape
         self.dim = channels * height * width
+        kept = [*(c // 2 for c in all_channels[:-1]), all_channels[-1]]
+        # Of the noise of each level, (H, W, channels).
+        self.sizes = [(height >> i + 1, width >> i + 1, c) for i, c in enumerate(kept)]
 
     @staticmethod
     def channels(shape: Sequence[int], levels: int) -> list[int]:
@@ -67,30 +72,23 @@ class Multiscale(Transform):
             )
         return [4 * shape[0] * 2**level for level in range(levels)]
 
-    def _sizes(self) -> list[tuple[int, int, int]]:
-        """Of the noise of each level, ``(H, W, channels)``."""
-        _, height, width = self.shape
-        channels = self.channels(self.shape, len(self.levels))
-        last = len(channels) - 1
-        return [
-            (height >> i + 1, width >> i + 1, c if i == last else c // 2)
-            for i, c in enumerate(channels)
-        ]
+    def _levels(self) -> list[Chain]:
+        return list(self.levels)  # type: ignore[arg-type]
 
     def forward_and_log_det(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(z, None)
         total = no_determinant(z)
-        sizes = self._sizes()
-        parts = z.split([h * w * c for h, w, c in sizes], -1)
+        parts = z.split([math.prod(size) for size in self.sizes], -1)
         x: Tensor | None = None
-        for level, size, part in reversed(list(zip(self.levels, sizes, parts, strict=True))):
+        for level, size, part in reversed(
+            list(zip(self._levels(), self.sizes, parts, strict=True))
+        ):
             noise = part.unflatten(-1, size)
             x = noise if x is None else torch.cat([x, noise], -1)
-            for transform in level:  # type: ignore[union-attr]
-                x, log_det = transform.forward_and_log_det(x, self._of_pixels(context))
-                total = total + log_det.sum((-2, -1))
+            x, log_det = level.forward_and_log_det(x, self._of_pixels(context))
+            total = total + log_det.sum((-2, -1))
             x = unsqueeze(x)
         assert x is not None
         return x.movedim(-1, -3), total
@@ -106,11 +104,10 @@ class Multiscale(Transform):
         x = x.movedim(-3, -1)
         total = no_determinant(x[..., 0, 0, :])
         parts: list[Tensor] = []
-        for level in self.levels:
+        for level in self._levels():
             x = squeeze(x)
-            for transform in reversed(level):  # type: ignore[call-overload]
-                x, log_det = transform.inverse_and_log_det(x, self._of_pixels(context))
-                total = total + log_det.sum((-2, -1))
+            x, log_det = level.inverse_and_log_det(x, self._of_pixels(context))
+            total = total + log_det.sum((-2, -1))
             if len(parts) + 1 < len(self.levels):
                 x, noise = x.chunk(2, -1)
             else:

@@ -10,9 +10,17 @@ from torch import Tensor, nn
 
 from .element import Element
 
-__all__ = ["Conditioner", "conv_net", "mlp", "network_for"]
+__all__ = ["Conditioner", "conv_net", "mlp", "network_for", "start_at"]
 
 Conditioner = Callable[[int, int], nn.Module]  # (inputs, outputs) -> a network
+
+
+@torch.no_grad()
+def start_at(last: nn.Linear | nn.Conv2d, parameters: Tensor) -> None:
+    """Lets a network's last layer give these parameters, whatever the network sees."""
+    assert last.bias is not None
+    last.weight.zero_()
+    last.bias.copy_(parameters)
 
 
 class Perceptron(nn.Module):
@@ -27,8 +35,7 @@ class Perceptron(nn.Module):
             layers += [nn.Linear(fan_in, fan_out), activation()]
         self.hidden = nn.Sequential(*layers)
         self.last = nn.Linear((inputs, *hidden)[-1], outputs)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        start_at(self.last, torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.hidden(x))  # type: ignore[no-any-return]
@@ -57,9 +64,7 @@ class ConvNet(nn.Module):
             channels = width
         self.hidden = nn.Sequential(*layers)
         self.last = nn.Conv2d(channels, outputs, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        assert self.last.bias is not None
-        nn.init.zeros_(self.last.bias)
+        start_at(self.last, torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         images = x.reshape(-1, *x.shape[-3:]).movedim(-1, -3)  # memory stays channels last
@@ -80,7 +85,5 @@ def network_for(make: Conditioner | None, inputs: int, element: Element, n: int)
     """For ``n`` columns moved by ``element``, which at first are where it starts."""
     network = (mlp() if make is None else make)(inputs, n * element.parameters)
     if isinstance(network, (Perceptron, ConvNet)):
-        with torch.no_grad():
-            assert network.last.bias is not None
-            network.last.bias.copy_(element.start(n))
+        start_at(network.last, element.start(n))
     return network

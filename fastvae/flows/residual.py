@@ -1,61 +1,32 @@
-"""Residual flows as transforms: stacks of planar or radial steps, in one launch."""
+"""Residual flows as transforms: stacks of planar, radial or Householder steps, in one launch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import planar_flow, radial_flow
-from .transform import Transform
+from ..functional import householder_flow, planar_flow, radial_flow
+from .transform import TwoWay
 
-__all__ = ["FAMILIES", "Family", "Planar", "Radial"]
+__all__ = ["Householder", "Planar", "Radial"]
 
 
-class Family(NamedTuple):
-    """Steps of which each has vectors of the size of z and numbers, in this order in one row."""
+class _Residual(TwoWay):
+    """K steps, the same for all rows; or, given a context, each row's own (amortised).
+
+    A step is one row of parameters: its vectors, of the size of z, then its numbers.
+    """
 
     flow: Callable[..., tuple[Tensor, Tensor]]  # (z, *vectors, *numbers) -> z, log_det
     vectors: int
-    numbers: int
-    identity: Callable[[int, int], Tensor]  # (steps, size of z) -> the rows that move nothing
+    spread = 0.1  # of a conditioner's weights, to what torch begins with
 
-    def size(self, dim: int) -> int:
-        """Of the row that is a step."""
-        return self.vectors * dim + self.numbers
-
-    def __call__(self, z: Tensor, steps: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """``(z, log_det)`` of ``z``, ``[..., D]``, and ``steps``, ``[K, size]`` or
-        ``[..., K, size]``."""
-        dim = z.shape[-1]
-        vectors = steps[..., : self.vectors * dim].split(dim, dim=-1)
-        numbers = steps[..., self.vectors * dim :].unbind(-1)
-        return self.flow(z, *vectors, *numbers, inverse=inverse)
-
-
-def _planar_identity(steps: int, dim: int) -> Tensor:
-    """Each along a direction of its own, w; u is what the constraint takes away again."""
-    w = nn.functional.normalize(torch.randn(steps, dim), dim=-1)
-    return torch.cat([math.log(math.e - 1.0) * w, w, torch.randn(steps, 1)], -1)
-
-
-def _radial_identity(steps: int, dim: int) -> Tensor:
-    return torch.cat([torch.randn(steps, dim), torch.zeros(steps, 2)], -1)
-
-
-FAMILIES = {
-    "planar": Family(planar_flow, 2, 1, _planar_identity),
-    "radial": Family(radial_flow, 1, 2, _radial_identity),
-}
-
-
-class _Residual(Transform):
-    """K steps, the same for all rows; or, given a context, each row's own (amortised)."""
-
-    family: Family
+    def start(self) -> Tensor:
+        """The steps to begin with, ``[K, size]``."""
+        raise NotImplementedError
 
     def __init__(self, dim: int, length: int, context_dim: int = 0) -> None:
         super().__init__()
@@ -64,30 +35,25 @@ class _Residual(Transform):
                 f"{type(self).__name__}: dim and length must be positive, got {dim} and {length}"
             )
         self.dim, self.length, self.context_dim = dim, length, context_dim
-        start = self.family.identity(length, dim)
+        start = self.start()
         if context_dim:
             self.conditioner = nn.Linear(context_dim, start.numel())
             with torch.no_grad():
-                self.conditioner.weight *= 0.1
+                self.conditioner.weight *= self.spread
                 self.conditioner.bias.copy_(start.flatten())
         else:
             self.steps = nn.Parameter(start)
 
-    def _lines(self, x: Tensor, context: Tensor | None) -> Tensor:
-        context = self.check(x, context)
+    def lines(self, context: Tensor | None) -> Tensor:
+        """The steps, ``[K, size]``, or those of a context, ``[..., K, size]``."""
         if context is None:
             return self.steps
         return self.conditioner(context).unflatten(-1, (self.length, -1))  # type: ignore[no-any-return]
 
-    def forward_and_log_det(
-        self, z: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.family(z, self._lines(z, context))
-
-    def inverse_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.family(x, self._lines(x, context), inverse=True)
+    def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        steps, end = self.lines(context), self.vectors * self.dim
+        vectors, numbers = steps[..., :end].split(self.dim, -1), steps[..., end:].unbind(-1)
+        return self.flow(x, *vectors, *numbers, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, length={self.length}"
@@ -105,7 +71,13 @@ class Planar(_Residual):
     >>> x, log_det = fastvae.flows.Planar(2, length=8).forward_and_log_det(torch.randn(5, 2))
     """
 
-    family = FAMILIES["planar"]
+    flow = staticmethod(planar_flow)
+    vectors = 2
+
+    def start(self) -> Tensor:
+        """Each along a direction of its own, w; u is what the constraint takes away again."""
+        w = nn.functional.normalize(torch.randn(self.length, self.dim), dim=-1)
+        return torch.cat([math.log(math.e - 1.0) * w, w, torch.randn(self.length, 1)], -1)
 
 
 class Radial(_Residual):
@@ -114,4 +86,31 @@ class Radial(_Residual):
     >>> x, log_det = fastvae.flows.Radial(2, length=8).forward_and_log_det(torch.randn(5, 2))
     """
 
-    family = FAMILIES["radial"]
+    flow = staticmethod(radial_flow)
+    vectors = 1
+
+    def start(self) -> Tensor:
+        return torch.cat([torch.randn(self.length, self.dim), torch.zeros(self.length, 2)], -1)
+
+
+class Householder(_Residual):
+    """An orthogonal map, by :func:`fastvae.householder_flow`; at first a random one.
+
+    Args:
+        dim: D.
+        length: K reflections; default: D, with which every rotation can be had (of even K).
+        context_dim: C of a ``context``, of which a linear layer makes each row's own reflections;
+            default: none, and all rows share them.
+
+    >>> x, log_det = fastvae.flows.Householder(3).forward_and_log_det(torch.randn(5, 3))
+    """
+
+    flow = staticmethod(householder_flow)
+    vectors = 1
+    spread = 1.0
+
+    def __init__(self, dim: int, length: int | None = None, context_dim: int = 0) -> None:
+        super().__init__(dim, dim if length is None else length, context_dim)
+
+    def start(self) -> Tensor:
+        return torch.randn(self.length, self.dim)

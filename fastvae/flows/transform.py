@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Transform", "no_determinant"]
+__all__ = ["Transform", "TwoWay", "no_determinant"]
 
 
 def no_determinant(x: Tensor) -> Tensor:
@@ -57,3 +57,21 @@ class Transform(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + (f", context_dim={self.context_dim}" if self.context_dim else "")
+
+
+class TwoWay(Transform):
+    """A transform both of whose directions are :meth:`move`, of rows and a context checked."""
+
+    def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """``(x, log_det)`` of ``z``, or, with ``inverse``, ``(z, log_det)`` of ``x``."""
+        raise NotImplementedError(f"{type(self).__name__} has no direction")
+
+    def forward_and_log_det(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.move(z, self.check(z, context), inverse=False)
+
+    def inverse_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.move(x, self.check(x, context), inverse=True)

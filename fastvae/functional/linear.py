@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["linear_flow"]
 
-_KINDS = ("lu", "lower", "upper")
+KINDS = ("lu", "lower", "upper")
 
 
 def linear_flow(
@@ -68,9 +68,9 @@ def linear_flow(
         raise ValueError(
             f"fastvae::linear_flow: bias must be [D], got {list(bias.shape)} and {list(z.shape)}"
         )
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise ValueError(
-            f"fastvae::linear_flow: kind must be one of {', '.join(_KINDS)}, got {kind}"
+            f"fastvae::linear_flow: kind must be one of {', '.join(KINDS)}, got {kind}"
         )
     for name, x in (("matrix", matrix), ("bias", bias)):
         if x is not None and x.dtype != z.dtype:

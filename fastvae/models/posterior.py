@@ -12,6 +12,7 @@ et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurI
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from .. import flows
@@ -30,16 +31,9 @@ def _iaf(dim: int, length: int, context_dim: int) -> list[flows.Transform]:
     return list(flows.iaf_posterior(dim, context_dim, length).transforms)[1:]  # type: ignore[return-value]
 
 
-def _couplings(dim: int, length: int, context_dim: int) -> list[flows.Transform]:
-    return [
-        flows.AffineCoupling(dim, flip=k % 2 == 1, context_dim=context_dim) for k in range(length)
-    ]
-
-
-def _splines(dim: int, length: int, context_dim: int) -> list[flows.Transform]:
-    return [
-        flows.SplineCoupling(dim, bound=5.0, flip=k % 2 == 1, context_dim=context_dim)
-        for k in range(length)
+def _couplings(coupling: Callable[..., flows.Coupling]) -> Callable[..., list[flows.Transform]]:
+    return lambda dim, length, context_dim: [
+        coupling(dim, flip=k % 2 == 1, context_dim=context_dim) for k in range(length)
     ]
 
 
@@ -48,6 +42,6 @@ POSTERIORS = {
     "radial": Posterior(lambda d, k, c: [flows.Radial(d, k, c)], 16),
     "householder": Posterior(lambda d, k, c: [flows.Householder(d, k, c)], 4),
     "iaf": Posterior(_iaf, 4),
-    "realnvp": Posterior(_couplings, 4),
-    "nsf": Posterior(_splines, 2),
+    "realnvp": Posterior(_couplings(flows.AffineCoupling), 4),
+    "nsf": Posterior(_couplings(partial(flows.SplineCoupling, bound=5.0)), 2),
 }

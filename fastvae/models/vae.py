@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from ..estimators import Elbo, elbo, gaussian_entropy, importance_sampled_log_likelihood
 from ..estimators.evidence import log_prior
-from ..flows import Flow, StandardNormal
+from ..flows.flow import Chain
 from ..functional import reparameterize
 from .base import LIKELIHOODS, Model
 from .posterior import POSTERIORS
@@ -101,7 +101,7 @@ class VAE(Model):
         if steps is not None:
             context_dim = hidden[-1] if hidden else data_dim
             transforms = POSTERIORS[posterior].make(latent_dim, steps, context_dim)
-            self.flow = Flow(StandardNormal(latent_dim), transforms)
+            self.flow = Chain(transforms)
         self.decoder = _mlp([latent_dim, *reversed(hidden), self.likelihood.heads * data_dim])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,13 +112,17 @@ class VAE(Model):
         mu, log_var, _ = self._encode(x)
         return mu, log_var
 
+    def context(self, x: Tensor) -> Tensor:
+        """The encoder's last hidden layer, ``[B, H]``, which a flow is given."""
+        *trunk, _ = self.encoder
+        return functools.reduce(lambda h, layer: layer(h), trunk, x)
+
     def _encode(
         self, x: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         """``mu`` and ``log_var``; and the flow, z to (z, log_det), given the last hidden layer."""
-        *trunk, head = self.encoder
-        context = functools.reduce(lambda h, layer: layer(h), trunk, x)
-        mu, log_var = head(context).chunk(2, dim=-1)
+        context = self.context(x)
+        mu, log_var = self.encoder[-1](context).chunk(2, dim=-1)
         if (flow := self.flow) is None:
             return mu, log_var, lambda z: (z, z.new_zeros(z.shape[:-1]))
         return mu, log_var, lambda z: flow.forward_and_log_det(z, context)
