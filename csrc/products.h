@@ -3,7 +3,9 @@
 //
 // There is one product, of rows by a matrix whose columns are in the lanes, four rows by two
 // vectors of columns at a time in registers; given other strides it also sums the gradient of a
-// matrix over the rows of a block. Rows with lines of their own are taken one by one.
+// matrix over the rows of a block. Rows with lines of their own are taken one by one. What the
+// inverse solves element after element it solves for all rows of a block at once, which are then
+// in the lanes.
 //
 // Threads are the caller's business: each function works on [begin, end) of its units. Sums over
 // rows are made of the sums of at most kMaxChunks runs of rows, in order, as in steps.h.
@@ -112,19 +114,20 @@ void multiply(const T* a, int64_t row, int64_t inner, const T* b, T* out, int64_
 }
 
 template <class T>
-FASTVAE_HD void bend(T& x, T b, T gain, T w_v, T& log_det) {
+FASTVAE_HD void bend(T x, T b, T gain, T w_v, T& bent, T& log_det) {
   const Planar::Step<T> step(x + b, gain, w_v);
-  x = step.there;
+  bent = step.there;
   log_det = step.log_det;
 }
 // Of `rows` rows of w numbers, A z, makes tanh(A z + b) and log(1 + h' d).
 template <class T>
-FASTVAE_CLONES void bend_rows(T* x, const T* b, const T* gain, const T* w_v, T* log_det,
-                              int64_t rows, int64_t w) {
+FASTVAE_CLONES void bend_rows(const T* x, const T* b, const T* gain, const T* w_v, T* bent,
+                              T* log_det, int64_t rows, int64_t w) {
   for (int64_t r = 0; r < rows; ++r) {
-    T *at = x + r * w, *log = log_det + r * w;
+    const T* from = x + r * w;
+    T *to = bent + r * w, *log = log_det + r * w;
 #pragma omp simd
-    for (int64_t m = 0; m < w; ++m) bend(at[m], b[m], gain[m], w_v[m], log[m]);
+    for (int64_t m = 0; m < w; ++m) bend(from[m], b[m], gain[m], w_v[m], to[m], log[m]);
   }
 }
 // The first alone, to walk the steps again.
@@ -159,6 +162,94 @@ FASTVAE_CLONES void unbend_rows(T* x, const T* b, const T* gain, const T* w_v, T
   }
 }
 
+// Lines of a block's rows: how far those of neighbours lie apart, 0 where all rows have the same.
+// Rows beyond the last repeat it.
+template <class Line>
+struct LinesOf {
+  Line first;
+  int64_t apart, rows;
+
+  FASTVAE_HD int64_t at(int64_t r) const { return std::min(r, rows - 1) * apart; }
+};
+
+template <class T>
+FASTVAE_HD void solve(T& x, T b, T gain, T w_v, T& back, T& log_det) {
+  const T numbers[] = {b, gain};
+  x = Planar::solve(x, numbers);
+  const Planar::Step<T> step(x, gain, w_v);
+  back = step.back;
+  log_det = -step.log_det;
+}
+// Of rows of w numbers, A z, makes the arguments of tanh before the step, what takes the rows back,
+// and the logarithms, if they are wanted.
+template <class T>
+FASTVAE_CLONES void solve_rows(T* x, LinesOf<SylvesterLine<const T>> lines, T* back, T* log_det,
+                               int64_t rank, int64_t w) {
+  alignas(64) T at[kRows], b[kRows], gain[kRows], w_v[kRows], by[kRows], log[kRows];
+  for (int64_t m = rank - 1; m >= 0; --m) {
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t line = lines.at(r) + m;
+      at[r] = x[r * w + m];
+      b[r] = lines.first.b[line];
+      gain[r] = lines.first.gain[line];
+      w_v[r] = lines.first.w_v[line];
+    }
+#pragma omp simd
+    for (int r = 0; r < kRows; ++r) solve(at[r], b[r], gain[r], w_v[r], by[r], log[r]);
+    const int64_t before = (m + kLanes - 1) / kLanes * kLanes;
+    for (int64_t r = 0; r < lines.rows; ++r) {
+      const T *column = lines.first.t_t + lines.at(r) + m * w, known = by[r];
+      T* row = x + r * w;
+#pragma omp simd
+      for (int64_t i = 0; i < before; ++i) row[i] += column[i] * known;
+      row[m] = at[r];
+      back[r * w + m] = by[r];
+      if (log_det != nullptr) log_det[r * w + m] = log[r];
+    }
+  }
+}
+
+template <class T>
+FASTVAE_HD void unsolve(T& x, T gain, T w_v, T& weighed, T grad_log_det, T& d_gain) {
+  const Planar::Step<T> step(x, gain, w_v);
+  const Planar::Back<T> back = Planar::Back<T>::inverse(step, weighed, grad_log_det, nullptr, T(0));
+  x = back.shift;
+  weighed = back.slope;
+  d_gain = back.numbers[1] + back.slope * back.shift;
+}
+// Of the arguments and C^T grad makes what took the rows back, and the gradient of A z.
+template <class T>
+FASTVAE_CLONES void unsolve_rows(T* x, LinesOf<SylvesterLine<const T>> lines, T* weighed,
+                                 const T* grad_log_det, LinesOf<SylvesterGradient<T>> d,
+                                 int64_t rank, int64_t w) {
+  alignas(64) T at[kRows], gain[kRows], w_v[kRows], slope[kRows], d_gain[kRows], grad[kRows];
+  std::copy_n(grad_log_det, kRows, grad);
+  for (int64_t m = 0; m < rank; ++m) {
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t line = lines.at(r) + m;
+      at[r] = x[r * w + m];
+      gain[r] = lines.first.gain[line];
+      w_v[r] = lines.first.w_v[line];
+      slope[r] = weighed[r * w + m];
+    }
+#pragma omp simd
+    for (int r = 0; r < kRows; ++r) {
+      unsolve(at[r], gain[r], w_v[r], slope[r], grad[r], d_gain[r]);
+    }
+    const int64_t after = m / kLanes * kLanes;
+    for (int64_t r = 0; r < lines.rows; ++r) {
+      const T *line = lines.first.t + lines.at(r) + m * w, known = slope[r];
+      T* row = weighed + r * w;
+#pragma omp simd
+      for (int64_t i = after; i < w; ++i) row[i] += line[i] * known;
+      row[m] = slope[r];
+      x[r * w + m] = at[r];
+      d.first.b[d.at(r) + m] += slope[r];
+      d.first.gain[d.at(r) + m] += d_gain[r];
+    }
+  }
+}
+
 template <class T>
 class ProductTask {
  public:
@@ -172,20 +263,18 @@ class ProductTask {
 
   // Blocks begin..end.
   void forward(int64_t begin, int64_t end) {
-    Buffer tile(lanes(tile_)), bends(lanes(bends_)), logs(lanes(bends_));
-    T *z = tile.data()->at, *x = bends.data()->at, *log = logs.data()->at;
+    Buffer tile(lanes(tile_)), arguments(lanes(bends_)), bends(lanes(bends_)), logs(lanes(bends_));
+    T *z = tile.data()->at, *x = arguments.data()->at, *bent = bends.data()->at,
+      *log = logs.data()->at;
     for (int64_t block = begin; block < end; ++block) {
       start(block);
       double log_det[kRows] = {};
       read_rows(s_.z, z);
       for (int64_t k = 0; k < s_.steps; ++k) {
         std::fill_n(x, bends_, T(0));
-        each_line(k, [&](const Lines& line, int64_t r, int64_t n) {
-          T *row = z + r * s_.width, *bent = x + r * s_.rank_width;
-          multiply(row, s_.width, 1, line.in, bent, n, s_.dims, s_.rank_width);
-          bend_rows(bent, line.b, line.gain, line.w_v, log + r * s_.rank_width, n, s_.rank_width);
-          multiply(bent, s_.rank_width, 1, line.out_t, row, n, s_.rank, s_.width);
-        });
+        measure(k, z, x);
+        bend(k, x, bent, log);
+        move(k, bent, z);
         for (int r = 0; r < count_; ++r) {
           for (int64_t m = 0; m < s_.rank; ++m) log_det[r] += double(log[r * s_.rank_width + m]);
         }
@@ -201,13 +290,13 @@ class ProductTask {
   // those that rows share, or [rows, K].
   void backward(int64_t begin, int64_t end) {
     Buffer states(lanes(s_.steps * tile_)), bends(lanes(s_.steps * bends_)), grads(lanes(tile_)),
-        weights(lanes(bends_)), folded(lanes(s_.steps * s_.d_stride));
+        weights(lanes(bends_)), folded(lanes(s_.steps * s_.gradient_size()));
     T *grad = grads.data()->at, *weighed = weights.data()->at, *sums = folded.data()->at;
-    const auto z = [&](int64_t k) { return states.data()->at + k * tile_; };  // before step k
+    const auto z = [&](int64_t k) { return states.data()->at + k * tile_; };  // before the k-th
     const auto x = [&](int64_t k) { return bends.data()->at + k * bends_; };
     T grad_log_det[kRows];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t all = blocks(s_), parts = chunks(s_), size = s_.steps * s_.d_stride;
+      const int64_t all = blocks(s_), parts = chunks(s_), size = s_.steps * s_.gradient_size();
       const int64_t first = chunk * all / parts, last = (chunk + 1) * all / parts;
       T* total = static_cast<T*>(s_.d_lines) + (s_.shared ? chunk * size : 0);
       for (int64_t block = first; block < last; ++block) {
@@ -215,17 +304,12 @@ class ProductTask {
         read_rows(s_.z, z(0));
         for (int64_t k = 0; k < s_.steps; ++k) {
           std::fill_n(x(k), bends_, T(0));
+          measure(k, z(k), x(k));
           const bool is_last = k + 1 == s_.steps;
-          if (!is_last) std::copy_n(z(k), tile_, z(k + 1));
-          each_line(k, [&](const Lines& line, int64_t r, int64_t n) {
-            T* at = x(k) + r * s_.rank_width;
-            multiply(z(k) + r * s_.width, s_.width, 1, line.in, at, n, s_.dims, s_.rank_width);
-            if (is_last) return;
-            T* bent = weighed + r * s_.rank_width;
-            bend_again(at, line.b, bent, n, s_.rank_width);
-            multiply(bent, s_.rank_width, 1, line.out_t, z(k + 1) + r * s_.width, n, s_.rank,
-                     s_.width);
-          });
+          if (!is_last || s_.inverse) bend(k, x(k), weighed, nullptr);
+          if (is_last) break;
+          std::copy_n(z(k), tile_, z(k + 1));
+          move(k, weighed, z(k + 1));
         }
         read_rows(s_.grad_out, grad);
         std::fill_n(grad_log_det, kRows, T(0));
@@ -234,18 +318,20 @@ class ProductTask {
         }
         for (int64_t k = s_.steps - 1; k >= 0; --k) {
           std::fill_n(weighed, bends_, T(0));
-          each_line(k, [&](const Lines& line, int64_t r, int64_t n) {
-            T* d = s_.shared ? sums + k * s_.d_stride
-                             : total + ((first_ + r) * s_.steps + k) * s_.d_stride;
-            T *d_in = d, *d_out = d_in + s_.dims * s_.rank_width,
-              *d_b = d_out + s_.dims * s_.rank_width, *d_gain = d_b + s_.rank_width;
+          each_line(k, [&](const Line& line, int64_t r, int64_t n) {
+            multiply(grad + r * s_.width, s_.width, 1, line.out, weighed + r * s_.rank_width, n,
+                     s_.dims, s_.rank_width);
+          });
+          T* d_step = (s_.shared ? sums : total + first_ * size) + step(k) * s_.gradient_size();
+          const LinesOf<Gradient> d{{s_, d_step}, s_.shared ? 0 : size, count_};
+          unbend(k, x(k), weighed, grad_log_det, d);
+          each_line(k, [&](const Line& line, int64_t r, int64_t n) {
+            const Gradient of(s_, d_step + d.at(r));
             T *g = grad + r * s_.width, *w = weighed + r * s_.rank_width;
-            T* at = x(k) + r * s_.rank_width;
-            multiply(g, s_.width, 1, line.out, w, n, s_.dims, s_.rank_width);
-            unbend_rows(at, line.b, line.gain, line.w_v, w, grad_log_det + r, d_b, d_gain, n,
-                        s_.rank_width);
-            multiply(g, 1, s_.width, at, d_out, s_.dims, n, s_.rank_width);
-            multiply(z(k) + r * s_.width, 1, s_.width, w, d_in, s_.dims, n, s_.rank_width);
+            const T* at = x(k) + r * s_.rank_width;
+            multiply(g, 1, s_.width, at, of.out, s_.dims, n, s_.rank_width);
+            multiply(z(k) + r * s_.width, 1, s_.width, w, of.in, s_.dims, n, s_.rank_width);
+            if (s_.inverse) multiply(w, 1, s_.rank_width, at, of.t, s_.rank, n, s_.rank_width);
             multiply(w, s_.rank_width, 1, line.in_t, g, n, s_.rank, s_.width);
           });
         }
@@ -262,20 +348,54 @@ class ProductTask {
   using Buffer = std::vector<Lanes<T>>;
   static size_t lanes(int64_t n) { return static_cast<size_t>((n + kLanes - 1) / kLanes); }
 
-  struct Lines {
-    const T *in, *in_t, *out, *out_t, *b, *gain, *w_v;
-  };
-  Lines lines(int64_t n) const {
-    const T* in = static_cast<const T*>(s_.lines) + n * s_.stride;
-    const int64_t tall = s_.dims * s_.rank_width, wide = s_.rank * s_.width;
-    const T *in_t = in + tall, *out = in_t + wide, *out_t = out + tall, *b = out_t + wide;
-    return {in, in_t, out, out_t, b, b + s_.rank_width, b + 2 * s_.rank_width};
-  }
-  // Calls work(lines of step k, first row of the block, how many rows).
+  using Line = SylvesterLine<const T>;
+  using Gradient = SylvesterGradient<T>;
+
+  // The k-th step of a walk.
+  int64_t step(int64_t k) const { return s_.inverse ? s_.steps - 1 - k : k; }
+  Line line(int64_t n) const { return {s_, static_cast<const T*>(s_.lines) + n * s_.line_size()}; }
+  // Calls work(line, first row of the block, how many rows).
   template <class Work>
   void each_line(int64_t k, const Work& work) const {
-    if (s_.shared) return work(lines(k), 0, kRows);
-    for (int64_t r = 0; r < count_; ++r) work(lines((first_ + r) * s_.steps + k), r, 1);
+    if (s_.shared) return work(line(step(k)), 0, kRows);
+    for (int64_t r = 0; r < count_; ++r) work(line((first_ + r) * s_.steps + step(k)), r, 1);
+  }
+  LinesOf<Line> all_lines(int64_t k) const {
+    if (s_.shared) return {line(step(k)), 0, kRows};
+    return {line(first_ * s_.steps + step(k)), s_.steps * s_.line_size(), count_};
+  }
+
+  // A step of all rows of a block: A z, zero at first; what is made of it; and the move by that.
+  void measure(int64_t k, const T* z, T* x) const {
+    each_line(k, [&](const Line& line, int64_t r, int64_t n) {
+      multiply(z + r * s_.width, s_.width, 1, line.in, x + r * s_.rank_width, n, s_.dims,
+               s_.rank_width);
+    });
+  }
+  void bend(int64_t k, T* x, T* bent, T* log) const {
+    if (s_.inverse) return solve_rows(x, all_lines(k), bent, log, s_.rank, s_.rank_width);
+    each_line(k, [&](const Line& line, int64_t r, int64_t n) {
+      const int64_t at = r * s_.rank_width;
+      if (log == nullptr) return bend_again(x + at, line.b, bent + at, n, s_.rank_width);
+      bend_rows(x + at, line.b, line.gain, line.w_v, bent + at, log + at, n, s_.rank_width);
+    });
+  }
+  void move(int64_t k, const T* bent, T* z) const {
+    each_line(k, [&](const Line& line, int64_t r, int64_t n) {
+      multiply(bent + r * s_.rank_width, s_.rank_width, 1, line.out_t, z + r * s_.width, n, s_.rank,
+               s_.width);
+    });
+  }
+  void unbend(int64_t k, T* x, T* weighed, const T* grad_log_det,
+              const LinesOf<Gradient>& d) const {
+    if (s_.inverse) {
+      return unsolve_rows(x, all_lines(k), weighed, grad_log_det, d, s_.rank, s_.rank_width);
+    }
+    each_line(k, [&](const Line& line, int64_t r, int64_t n) {
+      const int64_t at = r * s_.rank_width;
+      unbend_rows(x + at, line.b, line.gain, line.w_v, weighed + at, grad_log_det + r,
+                  d.first.b + d.at(r), d.first.gain + d.at(r), n, s_.rank_width);
+    });
   }
 
   void start(int64_t block) {

@@ -453,9 +453,22 @@ struct FlowSweep {
 // in = Q S^T and out = Q R, both [dims, rank], in which nothing of the triangles is left; b; and
 // w_v = r_ii s_ii, with gain = 1 + w_v. An element of h is a planar step's, with these.
 //
-// A line holds in, its transpose, out, its transpose, b, gain, w_v; a gradient in, out, b, gain.
-// The last dimension of each is padded with zeros to whole lanes: dims to width, rank to
-// rank_width.
+// The inverse needs of the triangles their product T = S R too, without its diagonal, which is w_v:
+//
+//   a + (T + w_v) tanh(a) = in^T z' + b,   z = z' - out tanh(a)
+//
+// is solved from the last element to the first, each a planar step's with what is known taken off
+// the right. With gradients g of z and m of the inverse's log-determinant, and q its d/da,
+//
+//   slope + h' (T^T + w_v) slope = m q - h' out^T g
+//
+// is the gradient of b, solved from the first element to the last, again as planar steps are; those
+// of z', in and out are g + in slope, z' slope^T and -g h^T, and that of T is -slope h^T.
+//
+// A line holds in, its transpose, out, its transpose, b, gain, w_v; a gradient in, out, b, gain; of
+// the inverse a line T and its transpose besides, a gradient T, of which what is not above the
+// diagonal means nothing. The last dimension of each is padded with zeros to whole lanes: dims to
+// width, rank to rank_width.
 //
 // The tanh of the diagonals of R and S as given keeps their product above -1, whatever they are.
 struct SylvesterDiagonal {
@@ -482,14 +495,49 @@ struct SylvesterDiagonal {
 struct SylvesterSweep {
   bool in_double = false;  // all is float, or double
   int64_t rows = 0, dims = 0, width = 0, rank = 0, rank_width = 0, steps = 0;
-  bool shared = true;
+  bool shared = true, inverse = false;
   const void* z = nullptr;  // [rows, dims]
   const void* lines = nullptr;
-  int64_t stride = 0, d_stride = 0;  // from line to line, and of gradients
   void *out = nullptr, *log_det = nullptr;
 
   const void *grad_out = nullptr, *grad_log_det = nullptr;  // null: zero
   void *d_z = nullptr, *d_lines = nullptr;  // the first null: not wanted; the second zero at first
+
+  // The numbers of a line, and of its gradient.
+  FASTVAE_HD int64_t line_size() const {
+    return 2 * (dims * rank_width + rank * width) + (3 + (inverse ? 2 * rank : 0)) * rank_width;
+  }
+  FASTVAE_HD int64_t gradient_size() const {
+    return (2 * dims + 2 + (inverse ? rank : 0)) * rank_width;
+  }
+};
+
+// Where the parts of a line lie, T const or not; the last two are the inverse's.
+template <class T>
+struct SylvesterLine {
+  T *in, *in_t, *out, *out_t, *b, *gain, *w_v, *t, *t_t;
+
+  FASTVAE_HD SylvesterLine(const SylvesterSweep& s, T* line)
+      : in(line),
+        in_t(in + s.dims * s.rank_width),
+        out(in_t + s.rank * s.width),
+        out_t(out + s.dims * s.rank_width),
+        b(out_t + s.rank * s.width),
+        gain(b + s.rank_width),
+        w_v(gain + s.rank_width),
+        t(w_v + s.rank_width),
+        t_t(t + s.rank * s.rank_width) {}
+};
+template <class T>
+struct SylvesterGradient {
+  T *in, *out, *b, *gain, *t;
+
+  FASTVAE_HD SylvesterGradient(const SylvesterSweep& s, T* gradient)
+      : in(gradient),
+        out(in + s.dims * s.rank_width),
+        b(out + s.dims * s.rank_width),
+        gain(b + s.rank_width),
+        t(gain + s.rank_width) {}
 };
 
 }  // namespace fastvae

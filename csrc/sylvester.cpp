@@ -102,7 +102,8 @@ class SylvesterOp {
   static constexpr int kInputs = 5;
   using Inputs = std::array<Tensor, kInputs>;
 
-  explicit SylvesterOp(const Inputs& inputs) : inputs_(inputs) {
+  SylvesterOp(const Inputs& inputs, bool inverse) : inputs_(inputs) {
+    s_.inverse = inverse;
     const Argument first{"z", inputs[0]};
     for (int i = 0; i < kInputs; ++i) check_input(kName, {kArguments[i], inputs[i]}, first);
     const auto z = inputs[0].sym_sizes(), q = inputs[1].sym_sizes();
@@ -167,22 +168,25 @@ class SylvesterOp {
     if (s_.shared) size.push_back(sum_count());
     size.append(s_.shared ? lines_ : rows_);
     if (!s_.shared) size.push_back(lines_.back());
-    size.push_back(s_.d_stride);
+    const int64_t gradient_size = s_.gradient_size();
+    size.push_back(gradient_size);
     Tensor sums = at::zeros_symint(size, wide);
     s_.d_lines = sums.mutable_data_ptr();
     launch(true);
 
     c10::SymDimVector one = lines_;
-    one.push_back(s_.d_stride);
+    one.push_back(gradient_size);
     const Tensor d_lines =
-        (s_.shared ? sums.sum(0) : at::sum_to(sums, one)).view({q_.size(0), s_.d_stride});
-    const int64_t n = q_.size(0), tall = s_.dims * s_.rank_width;
-    const auto part = [&](int64_t at, int64_t rows) {
-      return d_lines.as_strided({n, rows, s_.rank}, {s_.d_stride, s_.rank_width, 1}, at);
+        (s_.shared ? sums.sum(0) : at::sum_to(sums, one)).view({q_.size(0), gradient_size});
+    int64_t at = 0;
+    const auto part = [&](int64_t rows) {
+      const Tensor x =
+          d_lines.as_strided({q_.size(0), rows, s_.rank}, {gradient_size, s_.rank_width, 1}, at);
+      at += rows * s_.rank_width;
+      return x;
     };
-    const Tensor d_in = part(0, s_.dims), d_out = part(tall, s_.dims),
-                 d_b = part(2 * tall, 1).squeeze(1),
-                 d_gain = part(2 * tall + s_.rank_width, 1).squeeze(1);
+    const Tensor d_in = part(s_.dims), d_out = part(s_.dims), d_b = part(1).squeeze(1),
+                 d_gain = part(1).squeeze(1);
     const Triangles& t = *triangles_;
     gradients[0] = d_z;
     if (wanted[1]) {
@@ -191,6 +195,11 @@ class SylvesterOp {
     if (wanted[2] || wanted[3]) {
       Tensor d_r = product_of(q_.mT(), d_out).contiguous();
       Tensor d_s = product_of(d_in.mT(), q_).contiguous();
+      if (s_.inverse) {
+        const Tensor d_t = part(s_.rank).triu(1);
+        d_r += product_of(t.full[1].mT(), d_t);
+        d_s += product_of(d_t, t.full[0].mT());
+      }
       t.pull(d_r, d_s, d_gain);
       if (wanted[2]) gradients[2] = d_r;
       if (wanted[3]) gradients[3] = d_s;
@@ -220,13 +229,12 @@ class SylvesterOp {
     s_.shared = lines_.size() == 1;
     s_.z = z_.const_data_ptr();
 
-    const int64_t n = q_.size(0), tall = s_.dims * s_.rank_width, low = s_.rank * s_.width;
-    s_.stride = 2 * (tall + low) + 3 * s_.rank_width;
-    s_.d_stride = 2 * (tall + s_.rank_width);
-    Tensor table = at::zeros({n, s_.stride}, z_.options());
+    const int64_t n = q_.size(0);
+    const int64_t line_size = s_.line_size();
+    Tensor table = at::zeros({n, line_size}, z_.options());
     int64_t at = 0;
     const auto part = [&](int64_t rows, int64_t width) {
-      const Tensor x = table.as_strided({n, rows, width}, {s_.stride, width, 1}, at);
+      const Tensor x = table.as_strided({n, rows, width}, {line_size, width, 1}, at);
       at += rows * width;
       return x;
     };
@@ -238,11 +246,17 @@ class SylvesterOp {
     for (const Tensor& numbers : {wide(4).flatten(0, -2), triangles_->gain, triangles_->product}) {
       part(1, s_.rank_width).narrow(2, 0, s_.rank).copy_(numbers.unsqueeze(1));
     }
+    if (s_.inverse) {
+      const Tensor t = part(s_.rank, s_.rank_width);
+      multiply_into(t, s, r);
+      t.triu_(1);
+      part(s_.rank, s_.rank_width).narrow(2, 0, s_.rank).copy_(t.narrow(2, 0, s_.rank).mT());
+    }
     if (!s_.shared) {
       c10::SymDimVector one = lines_, all = rows_;
-      one.push_back(s_.stride);
+      one.push_back(line_size);
       all.push_back(lines_.back());
-      all.push_back(s_.stride);
+      all.push_back(line_size);
       table = table.view_symint(one).expand_symint(all).contiguous();
     }
     table_ = table;
@@ -289,14 +303,14 @@ struct DefinedSylvester {
   static constexpr const char* kName = SylvesterOp::kName;
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& q, const Tensor& r,
-                                            const Tensor& s, const Tensor& b) {
-    return SylvesterOp({z, q, r, s, b}).forward();
+                                            const Tensor& s, const Tensor& b, bool inverse) {
+    return SylvesterOp({z, q, r, s, b}, inverse).forward();
   }
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       const optional<Tensor>& grad_z, const optional<Tensor>& grad_log_det, const Tensor& z,
-      const Tensor& q, const Tensor& r, const Tensor& s, const Tensor& b,
+      const Tensor& q, const Tensor& r, const Tensor& s, const Tensor& b, bool inverse,
       std::array<bool, SylvesterOp::kInputs> wanted) {
-    auto g = SylvesterOp({z, q, r, s, b}).backward(grad_z, grad_log_det, wanted);
+    auto g = SylvesterOp({z, q, r, s, b}, inverse).backward(grad_z, grad_log_det, wanted);
     return {g[0], g[1], g[2], g[3], g[4]};
   }
 };
@@ -305,9 +319,10 @@ struct DefinedSylvester {
 
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
   const TensorsSchema<SylvesterOp> schema;
-  define<DefinedSylvester>(m, "(" + schema.inputs + ") -> (Tensor z, Tensor log_det)",
-                           "(Tensor? grad_z, Tensor? grad_log_det, " + schema.inputs + ", " +
-                               schema.wanted + ") -> (" + schema.gradients + ")");
+  define<DefinedSylvester>(
+      m, "(" + schema.inputs + ", bool inverse=False) -> (Tensor z, Tensor log_det)",
+      "(Tensor? grad_z, Tensor? grad_log_det, " + schema.inputs + ", bool inverse, " +
+          schema.wanted + ") -> (" + schema.gradients + ")");
 }
 
 }  // namespace fastvae

@@ -1237,7 +1237,31 @@ def _eager_sylvester_flow(
     return z, log_det
 
 
-def _sylvester(own_lines: bool = False) -> Case:
+def _eager_sylvester_inverse(
+    z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor, inverse: bool = True
+) -> tuple[Tensor, Tensor]:
+    d1, d2 = (torch.tanh(t.diagonal(dim1=-2, dim2=-1)) for t in (r, s))
+    r, s = r.triu(1) + torch.diag_embed(d1), s.triu(1) + torch.diag_embed(d2)
+    log_det = z.new_zeros(z.shape[:-1])
+    eye = torch.eye(r.shape[-1], dtype=z.dtype, device=z.device)
+    for k in reversed(range(q.shape[-3])):
+        q_k, r_k, s_k, e = q[..., k, :, :], r[..., k, :, :], s[..., k, :, :], (d1 * d2)[..., k, :]
+        c = (z.unsqueeze(-2) @ q_k @ s_k.mT).squeeze(-2) + b[..., k, :]
+        t, a = s_k @ r_k, c.detach()
+        for step in range(8):  # Newton's; the last for the gradient
+            with torch.set_grad_enabled(step == 7 and torch.is_grad_enabled()):
+                h = torch.tanh(a)
+                slopes = eye + t * (1 - h * h).unsqueeze(-2)
+                off = a + (t @ h.unsqueeze(-1)).squeeze(-1) - c
+                move = torch.linalg.solve_triangular(slopes, off.unsqueeze(-1), upper=True)
+                a = a - move.squeeze(-1)
+        h = torch.tanh(a)
+        z = z - (q_k @ r_k @ h.unsqueeze(-1)).squeeze(-1)
+        log_det = log_det - torch.log1p(e * (1 - h * h)).sum(-1)
+    return z, log_det
+
+
+def _sylvester(own_lines: bool = False, inverse: bool = False) -> Case:
     """At sizes ``[..., D, K]``."""
 
     def line(s: Shape) -> Shape:
@@ -1256,7 +1280,7 @@ def _sylvester(own_lines: bool = False) -> Case:
 
     return Case(
         op="sylvester_flow",
-        variant="amortised" if own_lines else "",
+        variant=" ".join(filter(None, ("inverse" * inverse, "amortised" * own_lines))),
         inputs=(
             Input("z", shape=lambda s: s[:-1]),
             own("q", _orthonormal, lambda s: (s[-2], _rank(s))),
@@ -1265,7 +1289,7 @@ def _sylvester(own_lines: bool = False) -> Case:
             own("b", standard_normal, lambda s: (_rank(s),)),
         ),
         outputs=("element", "row"),
-        eager=_eager_sylvester_flow,
+        eager=_eager_sylvester_inverse if inverse else _eager_sylvester_flow,
         distributions=None,
         bench=() if own_lines else ((512, 64, 8),),
         bytes_forward=lambda s: elements(s) + math.prod(s[:-1]),
@@ -1275,7 +1299,9 @@ def _sylvester(own_lines: bool = False) -> Case:
         mixes="a step depends on all columns",
         quadratic="a step has D x M and M x M matrices",
         copies="rows and lines are made contiguous",
-        wired_as="sylvester_flow" if own_lines else "",
+        settings=(inverse,),
+        options={"inverse": True} if inverse else {},
+        wired_as="" if not own_lines else "sylvester_flow-inverse" if inverse else "sylvester_flow",
         rtol=_OF_STEPS,
     )
 
@@ -1290,6 +1316,8 @@ FLOWS = (
     ),
     _sylvester(),
     _sylvester(own_lines=True),
+    _sylvester(inverse=True),
+    _sylvester(own_lines=True, inverse=True),
     _flow("planar_flow", eager_planar_flow),
     _flow("planar_flow", eager_planar_flow, own_lines=True),
     _flow("radial_flow", _eager_radial_flow),

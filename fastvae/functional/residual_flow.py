@@ -140,8 +140,10 @@ def householder_flow(z: Tensor, v: Tensor, inverse: bool = False) -> tuple[Tenso
     return _householder_flow(z, v, inverse)  # type: ignore[no-any-return]
 
 
-def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    r"""K Sylvester steps, one after the other, and the log-determinant of all.
+def sylvester_flow(
+    z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""K Sylvester steps, one after the other, and the log-determinant of all; or their inverse.
 
     .. math::
         z_k = z_{k-1} + Q_k \hat R_k \tanh(\hat S_k Q_k^\top z_{k-1} + b_k), \qquad
@@ -160,6 +162,10 @@ def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tup
             leading dimensions broadcast with those of ``z`` (amortised: from a network). M <= D.
         r, s: ``[K, M, M]`` or ``[..., K, M, M]``; what is below the diagonal is not looked at.
         b: ``[K, M]`` or ``[..., K, M]``.
+        inverse: take the steps back, the last one first, as in :func:`planar_flow`. With the
+            argument of tanh for a, :math:`a + \hat S \hat R \tanh a = \hat S Q^\top z_k + b` is
+            solved from the last element to the first, each as a planar step's. It is the inverse
+            of the flow only if the columns of Q are orthonormal.
 
     Returns, raises, and what is stored: as :func:`planar_flow`.
 
@@ -171,8 +177,11 @@ def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tup
     >>> z, log_det = fastvae.sylvester_flow(torch.randn(5, 8), q, r, s, b)
     >>> z.shape, log_det.shape
     (torch.Size([5, 8]), torch.Size([5]))
+    >>> start, back = fastvae.sylvester_flow(z, q, r, s, b, inverse=True)
+    >>> torch.allclose(log_det + back, torch.zeros(5), atol=1e-4)
+    True
     """
-    return _sylvester_flow(z, q, r, s, b)  # type: ignore[no-any-return]
+    return _sylvester_flow(z, q, r, s, b, inverse)  # type: ignore[no-any-return]
 
 
 def householder_columns(x: Tensor) -> Tensor:

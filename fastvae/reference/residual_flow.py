@@ -121,7 +121,9 @@ def householder_flow(z: Tensor, v: Tensor, inverse: bool = False) -> tuple[Tenso
     return x.to(z.dtype), log_det
 
 
-def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def sylvester_flow(
+    z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
     x, q, r, s, b = _compute(z, q, r, s, b)
     tiny = torch.finfo(x.dtype).tiny
     first, second = r.diagonal(dim1=-2, dim2=-1), s.diagonal(dim1=-2, dim2=-1)
@@ -134,14 +136,29 @@ def sylvester_flow(z: Tensor, q: Tensor, r: Tensor, s: Tensor, b: Tensor) -> tup
     x, log_det = _begin(x, b)
     if x.shape[-1] == 0:
         return x.to(z.dtype), log_det
-    for k in range(q.shape[-3]):
+    for k in _order(b, inverse):
         a = (x.unsqueeze(-2) @ inside[..., k, :, :]).squeeze(-2) + b[..., k, :]
+        if inverse:
+            a = _sylvester_argument(a, gain[..., k, :], (upper[1] @ upper[0])[..., k, :, :])
         h = torch.tanh(a)
-        x = x + (h.unsqueeze(-2) @ outside[..., k, :, :].mT).squeeze(-2)
+        moved = (h.unsqueeze(-2) @ outside[..., k, :, :].mT).squeeze(-2)
+        x = x - moved if inverse else x + moved
         slope = (1.0 - h) * (1.0 + h)
         other = h * h + slope * gain[..., k, :]
         log_det = log_det + _log_stretch(slope * product[..., k, :], other).sum(-1)
-    return x.to(z.dtype), log_det
+    return x.to(z.dtype), -log_det if inverse else log_det
+
+
+def _sylvester_argument(c: Tensor, n: Tensor, t: Tensor) -> Tensor:
+    """The root of ``a + t tanh(a) = c``, the upper triangle t of diagonal ``n - 1``."""
+    n = n.expand_as(c)
+    a: list[Tensor] = []  # from the last element on
+    for m in range(c.shape[-1] - 1, -1, -1):
+        known = c[..., m]
+        for j, a_j in enumerate(a):
+            known = known - t[..., m, c.shape[-1] - 1 - j] * torch.tanh(a_j)
+        a.append(_planar_argument(known, n[..., m]))
+    return torch.stack(a[::-1], -1) if a else c
 
 
 def _log_cosh(x: Tensor) -> Tensor:
