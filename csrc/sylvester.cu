@@ -1,6 +1,7 @@
 // Sylvester flows on CUDA (SylvesterSweep in residual_flow.h): a warp to a row, which lies in lent
 // memory with the states that backward needs, [warps][K][D]. Its lanes share the columns that a
-// product makes, and read all that the product is of.
+// product makes, and read all that the product is of. What the inverse solves element after element
+// all lanes solve alike, and share what each takes off the others.
 //
 // The gradients of shared lines are summed over the rows of each warp, of which there are at most
 // kSumWarps, in that order, then over the warps: results are reproducible to the bit.
@@ -33,7 +34,7 @@ struct ProductPlan {
           reinterpret_cast<uintptr_t>(lent) + static_cast<uintptr_t>(bytes));
       bytes += n * static_cast<int64_t>(sizeof *to);
     };
-    lend(sums, backward && s.shared ? warps * s.steps * s.d_stride : 0);
+    lend(sums, backward && s.shared ? warps * s.steps * s.gradient_size() : 0);
     lend(states, warps * s.dims * (backward ? s.steps : 1));
     lend(bends, warps * s.rank * (backward ? s.steps : 1));
     lend(grads, backward ? warps * s.dims : 0);
@@ -41,25 +42,21 @@ struct ProductPlan {
   }
 };
 
-// A line, and where its parts lie.
+// Line n of a row.
 template <class T>
-struct ProductLine {
-  const T *in, *in_t, *out, *out_t, *b, *gain, *w_v;
-
-  __device__ __forceinline__ ProductLine(const SylvesterSweep& s, int64_t row, int64_t k) {
-    const int64_t tall = s.dims * s.rank_width, wide = s.rank * s.width;
-    in = static_cast<const T*>(s.lines) + ((s.shared ? 0 : row * s.steps) + k) * s.stride;
-    in_t = in + tall;
-    out = in_t + wide;
-    out_t = out + tall;
-    b = out_t + wide;
-    gain = b + s.rank_width;
-    w_v = gain + s.rank_width;
-  }
-  __device__ __forceinline__ Planar::Step<T> step(T x, int64_t m) const {
-    return {x + b[m], gain[m], w_v[m]};
+struct ProductLine : SylvesterLine<const T> {
+  __device__ __forceinline__ ProductLine(const SylvesterSweep& s, int64_t row, int64_t n)
+      : SylvesterLine<const T>(s, static_cast<const T*>(s.lines) +
+                                      ((s.shared ? 0 : row * s.steps) + n) * s.line_size()) {}
+  __device__ __forceinline__ Planar::Step<T> step(T argument, int64_t m) const {
+    return {argument, this->gain[m], this->w_v[m]};
   }
 };
+// The k-th of a walk.
+template <bool kInverse>
+__device__ __forceinline__ int64_t line_of_walk(const SylvesterSweep& s, int64_t k) {
+  return kInverse ? s.steps - 1 - k : k;
+}
 
 // Column j of a row times a matrix whose rows are n apart.
 template <class T>
@@ -70,7 +67,52 @@ __device__ __forceinline__ T column(const T* row, int64_t count, const T* matrix
   return sum;
 }
 
+// Of A z makes the arguments of tanh before the step and, perhaps in their place, what takes the
+// row back. Minus the log-determinant.
 template <class T>
+__device__ double solve_elements(const SylvesterSweep& s, const ProductLine<T>& line, T* x,
+                                 T* back) {
+  double log_det = 0;
+  for (int64_t m = s.rank - 1; m >= 0; --m) {
+    const T numbers[] = {line.b[m], line.gain[m]};
+    const T argument = Planar::solve(x[m], numbers);
+    const auto step = line.step(argument, m);
+    log_det += step.log_det;
+    __syncwarp();  // all have read x[m]
+    for (int64_t i = lane_of_warp(); i < m; i += kWarp) {
+      x[i] += line.t_t[m * s.rank_width + i] * step.back;
+    }
+    if (lane_of_warp() == 0) {
+      x[m] = argument;
+      back[m] = step.back;
+    }
+    __syncwarp();
+  }
+  return log_det;
+}
+// Of the arguments makes what took the row back, and of what is weighed the gradient of A z.
+template <class T, class Put>
+__device__ void unsolve_elements(const SylvesterSweep& s, const ProductLine<T>& line, T* x,
+                                 T* slope, T grad_log_det, const Put& put) {
+  const int64_t of_b = 2 * s.dims * s.rank_width;
+  for (int64_t m = 0; m < s.rank; ++m) {
+    const auto back =
+        Planar::Back<T>::inverse(line.step(x[m], m), slope[m], grad_log_det, nullptr, T(0));
+    __syncwarp();  // all have read x[m] and slope[m]
+    for (int64_t i = m + 1 + lane_of_warp(); i < s.rank; i += kWarp) {
+      slope[i] += line.t[m * s.rank_width + i] * back.slope;
+    }
+    if (lane_of_warp() == 0) {
+      x[m] = back.shift;
+      slope[m] = back.slope;
+      put(of_b + m, back.slope);
+      put(of_b + s.rank_width + m, back.numbers[1] + back.slope * back.shift);
+    }
+    __syncwarp();
+  }
+}
+
+template <class T, bool kInverse>
 __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
     sylvester_forward_kernel(const ProductPlan<T> plan) {
   const SylvesterSweep& s = plan.s;
@@ -82,14 +124,18 @@ __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
     }
     double log_det = 0;
     for (int64_t k = 0; k < s.steps; ++k) {
-      const ProductLine<T> line(s, row, k);
+      const ProductLine<T> line(s, row, line_of_walk<kInverse>(s, k));
       __syncwarp();
       for (int64_t m = lane_of_warp(); m < s.rank; m += kWarp) {
-        const auto step = line.step(column(z, s.dims, line.in, s.rank_width, m), m);
-        h[m] = step.there;
-        log_det += step.log_det;
+        h[m] = column(z, s.dims, line.in, s.rank_width, m);
+        if (!kInverse) {
+          const auto step = line.step(h[m] + line.b[m], m);
+          h[m] = step.there;
+          log_det += step.log_det;
+        }
       }
       __syncwarp();
+      if (kInverse) log_det -= solve_elements(s, line, h, h);
       for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
         z[c] += column(h, s.rank, line.out_t, s.width, c);
       }
@@ -97,20 +143,20 @@ __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
     for (int64_t c = lane_of_warp(); c < s.dims; c += kWarp) {
       static_cast<T*>(s.out)[row * s.dims + c] = z[c];
     }
-    log_det = warp_sum(log_det, kWarp);
+    if (!kInverse) log_det = warp_sum(log_det, kWarp);
     if (lane_of_warp() == 0) static_cast<T*>(s.log_det)[row] = static_cast<T>(log_det);
   }
 }
 
 // Rows warp, warp + plan.warps, ..., one after the other.
-template <class T>
+template <class T, bool kInverse>
 __device__ void walk_products_back(const ProductPlan<T>& plan, int64_t warp, int lane) {
   const SylvesterSweep& s = plan.s;
   T *states = plan.states + warp * s.steps * s.dims, *bends = plan.bends + warp * s.steps * s.rank;
   T *grad = plan.grads + warp * s.dims, *slope = plan.slopes + warp * s.rank;
-  double* sums = plan.sums + warp * s.steps * s.d_stride;
-  for (int64_t i = lane; s.shared && i < s.steps * s.d_stride; i += kWarp) sums[i] = 0;
-  const int64_t tall = s.dims * s.rank_width;
+  const int64_t tall = s.dims * s.rank_width, size = s.gradient_size();
+  double* sums = plan.sums + warp * s.steps * size;
+  for (int64_t i = lane; s.shared && i < s.steps * size; i += kWarp) sums[i] = 0;
   for (int64_t row = warp; row < s.rows; row += plan.warps) {
     __syncwarp();  // the other lanes may still read the row before
     for (int64_t c = lane; c < s.dims; c += kWarp) {
@@ -119,15 +165,16 @@ __device__ void walk_products_back(const ProductPlan<T>& plan, int64_t warp, int
       grad[c] = s.grad_out == nullptr ? T(0) : static_cast<const T*>(s.grad_out)[i];
     }
     for (int64_t k = 0; k < s.steps; ++k) {  // the steps again, from state to state
-      const ProductLine<T> line(s, row, k);
+      const ProductLine<T> line(s, row, line_of_walk<kInverse>(s, k));
       const T* z = states + k * s.dims;
       __syncwarp();
       for (int64_t m = lane; m < s.rank; m += kWarp) {
         const T x = column(z, s.dims, line.in, s.rank_width, m);
         bends[k * s.rank + m] = x;
-        slope[m] = line.step(x, m).there;
+        if (!kInverse) slope[m] = line.step(x + line.b[m], m).there;
       }
       __syncwarp();
+      if (kInverse) solve_elements(s, line, bends + k * s.rank, slope);
       for (int64_t c = lane; k + 1 < s.steps && c < s.dims; c += kWarp) {
         states[(k + 1) * s.dims + c] = z[c] + column(slope, s.rank, line.out_t, s.width, c);
       }
@@ -135,27 +182,35 @@ __device__ void walk_products_back(const ProductPlan<T>& plan, int64_t warp, int
     const T grad_log_det =
         s.grad_log_det == nullptr ? T(0) : static_cast<const T*>(s.grad_log_det)[row];
     for (int64_t k = s.steps - 1; k >= 0; --k) {
-      const ProductLine<T> line(s, row, k);
+      const int64_t n = line_of_walk<kInverse>(s, k);
+      const ProductLine<T> line(s, row, n);
       const T* z = states + k * s.dims;
       T* h = bends + k * s.rank;
       const auto put = [&](int64_t at, T value) {
         if (s.shared) {
-          sums[k * s.d_stride + at] += value;
+          sums[n * size + at] += value;
         } else {
-          static_cast<T*>(s.d_lines)[(row * s.steps + k) * s.d_stride + at] = value;
+          static_cast<T*>(s.d_lines)[(row * s.steps + n) * size + at] = value;
         }
       };
       __syncwarp();
       for (int64_t m = lane; m < s.rank; m += kWarp) {
-        const auto step = line.step(h[m], m);
-        const Planar::Back<T> back(step, column(grad, s.dims, line.out, s.rank_width, m),
-                                   grad_log_det, nullptr, T(0));
-        h[m] = step.there;
-        slope[m] = back.slope;
-        put(2 * tall + m, back.numbers[0]);
-        put(2 * tall + s.rank_width + m, back.numbers[1]);
+        slope[m] = column(grad, s.dims, line.out, s.rank_width, m);
+        if (!kInverse) {
+          const auto step = line.step(h[m] + line.b[m], m);
+          const Planar::Back<T> back(step, slope[m], grad_log_det, nullptr, T(0));
+          h[m] = step.there;
+          slope[m] = back.slope;
+          put(2 * tall + m, back.numbers[0]);
+          put(2 * tall + s.rank_width + m, back.numbers[1]);
+        }
       }
       __syncwarp();
+      if (kInverse) unsolve_elements(s, line, h, slope, grad_log_det, put);
+      for (int64_t i = lane; kInverse && i < s.rank * s.rank_width; i += kWarp) {
+        const int64_t to = i / s.rank_width, m = i % s.rank_width;
+        if (m < s.rank) put(2 * (tall + s.rank_width) + i, slope[to] * h[m]);
+      }
       for (int64_t i = lane; i < tall; i += kWarp) {
         const int64_t c = i / s.rank_width, m = i % s.rank_width;
         if (m >= s.rank) continue;
@@ -173,11 +228,11 @@ __device__ void walk_products_back(const ProductPlan<T>& plan, int64_t warp, int
   }
 }
 
-template <class T>
+template <class T, bool kInverse>
 __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
     sylvester_backward_kernel(const ProductPlan<T> plan) {
   for (int64_t warp = warp_of_grid(); warp < plan.warps; warp += warps_of_grid()) {
-    walk_products_back(plan, warp, lane_of_warp());
+    walk_products_back<T, kInverse>(plan, warp, lane_of_warp());
   }
 }
 
@@ -185,7 +240,7 @@ __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
 template <class T>
 __global__ void __launch_bounds__(kProductBlock, kProductBlocks)
     sylvester_sum_kernel(const ProductPlan<T> plan) {
-  const int64_t size = plan.s.steps * plan.s.d_stride;
+  const int64_t size = plan.s.steps * plan.s.gradient_size();
   const int64_t threads = gridDim.x * static_cast<int64_t>(blockDim.x);
   int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   for (; i < size; i += threads) {
@@ -202,15 +257,17 @@ const char* run_sylvester(const SylvesterSweep& s, bool backward, void* lent, cu
     return std::min<int64_t>(kMaxBlocks, (threads + kProductBlock - 1) / kProductBlock);
   };
   if (!backward) {
-    const auto forward = sylvester_forward_kernel<T>;
+    const auto forward =
+        s.inverse ? sylvester_forward_kernel<T, true> : sylvester_forward_kernel<T, false>;
     FASTVAE_LAUNCH(forward, blocks(plan.warps * kWarp), kProductBlock, stream, plan);
     return launch_error();
   }
-  const auto kernel = sylvester_backward_kernel<T>;
+  const auto kernel =
+      s.inverse ? sylvester_backward_kernel<T, true> : sylvester_backward_kernel<T, false>;
   FASTVAE_LAUNCH(kernel, blocks(plan.warps * kWarp), kProductBlock, stream, plan);
   if (s.shared) {
     const auto sum = sylvester_sum_kernel<T>;
-    FASTVAE_LAUNCH(sum, blocks(s.steps * s.d_stride), kProductBlock, stream, plan);
+    FASTVAE_LAUNCH(sum, blocks(s.steps * s.gradient_size()), kProductBlock, stream, plan);
   }
   return launch_error();
 }

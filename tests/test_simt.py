@@ -1104,6 +1104,18 @@ def run_flow(program: Path, name: str, sizes: tuple, first: bool, tensors: tuple
     return got
 
 
+def sylvester_undone(c: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The root of a + (t + e) tanh(a) = c, element after element from the last."""
+    a: list = []
+    for m in reversed(range(c.shape[-1])):
+        c_m, e_m = c[:, m], e[..., m].expand_as(c[:, m])
+        if a:
+            c_m = c_m - (t[..., m, m + 1 :] * torch.stack(a, -1).tanh()).sum(-1)
+        ends = (c_m.detach() - 1 - e_m.detach().abs(), c_m.detach() + 1 + e_m.detach().abs())
+        a.insert(0, bisect(lambda a, e=e_m: a + e * torch.tanh(a), c_m, *ends))
+    return torch.stack(a, -1)
+
+
 FLOWS = {
     "planar": planar_steps,
     "radial": radial_steps,
@@ -1167,7 +1179,8 @@ def test_flows(program: Path, flow: str, shared: bool, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-def test_sylvester_flows(program: Path, shared: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_sylvester_flows(program: Path, inverse: bool, shared: bool, dtype: torch.dtype) -> None:
     """The kernels take lines as csrc/sylvester.cpp lays them out, padded with zeros."""
     tolerance = 3e-5 if dtype == torch.float32 else 1e-12
     for rows, length, dims, rank in ((1, 1, 1, 1), (7, 3, 5, 2), (9, 2, 40, 33), (300, 2, 3, 3)):
@@ -1179,20 +1192,26 @@ def test_sylvester_flows(program: Path, shared: bool, dtype: torch.dtype) -> Non
 
         z, b, product = draw(rows, dims), draw(*lead, rank), torch.tanh(draw(*lead, rank))
         inside, outside = (draw(*lead, dims, rank) / (dims * rank) ** 0.5 for _ in range(2))
-        exact = [x.double().requires_grad_() for x in (z, inside, outside, b, 1 + product)]
+        triangle = (draw(*lead, rank, rank) / rank**0.5).triu(1)
+        exact = [z, inside, outside, b, 1 + product, *[triangle] * inverse]
+        exact = [x.double().requires_grad_() for x in exact]
         x, log_det = exact[0], torch.zeros(rows, dtype=torch.float64)
-        for k in range(length):
+        for k in reversed(range(length)) if inverse else range(length):
             step = [p[k] if shared else p[:, k] for p in exact[1:]]
             a = torch.einsum("rd,dm->rm" if shared else "rd,rdm->rm", x, step[0]) + step[2]
+            if inverse:
+                a = sylvester_undone(a, step[3] - 1, step[4])
             mix = "rm,dm->rd" if shared else "rm,rdm->rd"
-            log_det = log_det + torch.log(1 + (step[3] - 1) / a.cosh().square()).sum(-1)
-            x = x + torch.einsum(mix, a.tanh(), step[1])
+            log = torch.log(1 + (step[3] - 1) / a.cosh().square()).sum(-1)
+            moved = torch.einsum(mix, a.tanh(), step[1])
+            x, log_det = (x - moved, log_det - log) if inverse else (x + moved, log_det + log)
 
         def padded(x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)).flatten(-2)
 
         parts = [inside, inside.mT, outside, outside.mT, b.unsqueeze(-2)]
         parts += [(1 + product).unsqueeze(-2), product.unsqueeze(-2)]
+        parts += [triangle, triangle.mT] * inverse
         lines = torch.cat([padded(p) for p in parts], -1)
         grads, width = [draw(rows, dims), draw(rows)], rank + -rank % 16
         for first in (False, True):
@@ -1200,8 +1219,10 @@ def test_sylvester_flows(program: Path, shared: bool, dtype: torch.dtype) -> Non
                 given = [t for i, t in enumerate(grads) if wanted >> i & 1]
                 shapes = [(z.shape, dtype), ((rows,), dtype)]
                 if wanted:
-                    shapes[1] = ((*lead, 2 * (dims + 1) * width), dtype)
-                sizes = (rows, length, dims, int(shared), int(wanted > 0), 0, 0, wanted, 0, rank)
+                    size = 2 * (dims + 1) + rank * inverse
+                    shapes[1] = ((*lead, size * width), dtype)
+                sizes = (rows, length, dims, int(shared), int(wanted > 0), int(inverse))
+                sizes += (0, wanted, 0, rank)
                 got = run_flow(program, "sylvester_flow", sizes, first, (z, lines, *given), shapes)
                 want = [x, log_det]
                 if wanted:
@@ -1215,10 +1236,15 @@ def test_sylvester_flows(program: Path, shared: bool, dtype: torch.dtype) -> Non
                         materialize_grads=True,
                     )
                     ends = [dims * width, dims * width, width, width]
+                    ends += [rank * width] * inverse
                     got[1:] = [
                         t.unflatten(-1, (-1, width))[..., :rank] for t in got[1].split(ends, dim=-1)
                     ]
-                    got[3:] = [t.squeeze(-2) for t in got[3:]]
+                    got[3:5] = [t.squeeze(-2) for t in got[3:5]]
+                    got[5:], want = (
+                        [t.triu(1) for t in got[5:]],
+                        [*want[:5], *(t.triu(1) for t in want[5:])],
+                    )
                 for t, e in zip(got, want, strict=True):
                     scale = e.abs() + e.square().mean().sqrt() + 1e-3
                     assert ((t.double() - e).abs() <= tolerance * scale).all()

@@ -376,9 +376,9 @@ void run_spline(const Header& h) {
 }
 
 // Name "sylvester_flow": rows, steps and dims come as outer, inner and columns, the rank as
-// `lend_partial_sums`, whether lines are shared as `inputs`. Then, contiguous: z, lines as
-// SylvesterSweep has them, and for backward those there are of grad_z and grad_log_det. The answer
-// is z and log_det, or the gradients of z and of the lines.
+// `lend_partial_sums`, whether lines are shared as `inputs`, the inverse as `outputs`. Then,
+// contiguous: z, lines as SylvesterSweep has them, and for backward those there are of grad_z and
+// grad_log_det. The answer is z and log_det, or the gradients of z and of the lines.
 void run_sylvester(const Header& h) {
   const bool backward = h.row_inputs != 0;
   const int64_t item = h.dtype == 0 ? 4 : 8;
@@ -386,10 +386,9 @@ void run_sylvester(const Header& h) {
   SylvesterSweep s;
   s.in_double = h.dtype == 1;
   s.rows = h.outer, s.steps = h.inner, s.dims = h.columns, s.shared = h.inputs != 0;
+  s.inverse = h.outputs != 0;
   s.rank = h.lend_partial_sums, s.width = whole(s.dims), s.rank_width = whole(s.rank);
-  const int64_t tall = s.dims * s.rank_width, lines = (s.shared ? 1 : s.rows) * s.steps;
-  s.stride = 2 * (tall + s.rank * s.width) + 3 * s.rank_width;
-  s.d_stride = 2 * (tall + s.rank_width);
+  const int64_t lines = (s.shared ? 1 : s.rows) * s.steps, size = s.gradient_size();
   std::vector<Buffer> buffers;
   std::vector<std::pair<const char*, int64_t>> answer;
   const auto input = [&](int64_t count) {
@@ -403,13 +402,13 @@ void run_sylvester(const Header& h) {
     return buffers.back().get();
   };
   s.z = input(s.rows * s.dims);
-  s.lines = input(lines * s.stride);
+  s.lines = input(lines * s.line_size());
   if (backward) {
     if (h.wanted & 1) s.grad_out = input(s.rows * s.dims);
     if (h.wanted & 2) s.grad_log_det = input(s.rows);
     s.d_z = output(s.rows * s.dims);
-    char* d_lines = output(lines * s.d_stride);
-    std::memset(d_lines, 0, static_cast<size_t>(lines * s.d_stride * item));
+    char* d_lines = output(lines * size);
+    std::memset(d_lines, 0, static_cast<size_t>(lines * size * item));
     s.d_lines = d_lines;
   } else {
     s.out = output(s.rows * s.dims);
