@@ -12,6 +12,7 @@ import fastvae
 from fastvae import flows
 
 D = 5
+KINDS = ("householder", "orthogonal", "triangular")  # of Sylvester flows
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,8 @@ TRANSFORMS = {
     **{kind: lambda kind=kind: flows.Linear(D, kind) for kind in ("lu", "lower", "upper")},
     "householder": lambda: flows.Householder(D),
     "householder, fewer": lambda: flows.Householder(D, length=2),
+    **{f"sylvester {k}": lambda k=k: flows.Sylvester(D, 3, kind=k) for k in KINDS},
+    **{f"sylvester {k}, fewer": lambda k=k: flows.Sylvester(D, 3, 2, k) for k in KINDS},
 }
 # The same, given a context of 3 numbers.
 CONDITIONED = {
@@ -68,6 +71,7 @@ CONDITIONED = {
     "maf of one layer": lambda: flows.AffineAutoregressive(D, context_dim=3, hidden=()),
     "iaf": lambda: flows.AffineAutoregressive(D, "gated", given="noise", context_dim=3),
     "householder": lambda: flows.Householder(D, 3, context_dim=3),
+    **{f"sylvester {k}": lambda k=k: flows.Sylvester(D, 3, 2, k, context_dim=3) for k in KINDS},
 }
 
 
@@ -165,9 +169,10 @@ def test_a_context_conditions_the_density():
             flow.log_prob(x, wrong)
 
 
-def test_splines_and_radial_steps_start_as_the_identity():
+def test_splines_radial_and_sylvester_steps_start_as_the_identity():
     z = torch.randn(9, 4)
-    for transform in (flows.SplineCoupling(4), flows.Radial(4, 3)):
+    sylvester = [flows.Sylvester(4, 3, kind=kind) for kind in KINDS]
+    for transform in (flows.SplineCoupling(4), flows.Radial(4, 3), *sylvester):
         x, log_det = transform(z)
         torch.testing.assert_close(x, z, atol=1e-5, rtol=0.0)
         torch.testing.assert_close(log_det, torch.zeros(9), atol=1e-5, rtol=0.0)
@@ -261,6 +266,9 @@ def test_compiles_without_a_break():
             r"x must be \[..., 1, 4, 4\], got \[2, 1, 4, 8\]",
         ),
         (lambda: flows.SplineCoupling(3, bins=0), "bins must be positive, got 0"),
+        (lambda: flows.Sylvester(3, 0), "dim and length must be positive, got 3 and 0"),
+        (lambda: flows.Sylvester(3, 2, 4), "rank must be within 1 and 3, got 4"),
+        (lambda: flows.Sylvester(3, 2, kind="qr"), "kind must be one of householder, .*, got qr"),
         (lambda: flows.Planar(3, 0), "dim and length must be positive, got 3 and 0"),
         (lambda: flows.ActNorm(0), "dim must be positive, got 0"),
         (lambda: flows.Permutation(0), "dim must be positive, got 0"),

@@ -388,13 +388,16 @@ def sylvester(
     return [x.to(dtype) for x in (fastvae.householder_columns(q), *(scale * x for x in rest))]
 
 
-@pytest.mark.parametrize(("dims", "rank"), [(1, 1), (3, 3), (7, 2), (20, 17), (5, 0)])
-def test_sylvester_log_det_is_that_of_the_jacobian(dims: int, rank: int) -> None:
-    given, z = sylvester((4,), dims, rank), rows(5, dims)
-    _, log_det = fastvae.sylvester_flow(z, *given)
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize(("dims", "rank"), [(1, 1), (5, 1), (3, 3), (7, 2), (20, 17), (5, 0)])
+def test_sylvester_log_det_is_that_of_the_jacobian(dims: int, rank: int, inverse: bool) -> None:
+    given, z = sylvester((4,), dims, rank, scale=0.5 if inverse else 1.0), rows(5, dims)
+    _, log_det = fastvae.sylvester_flow(z, *given, inverse=inverse)
 
     def jacobian(x: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.functional.jacobian(lambda x: fastvae.sylvester_flow(x, *given)[0], x)
+        return torch.autograd.functional.jacobian(
+            lambda x: fastvae.sylvester_flow(x, *given, inverse=inverse)[0], x
+        )
 
     jacobians = torch.stack([jacobian(x) for x in z])
     assert (log_det - torch.linalg.slogdet(jacobians).logabsdet).abs().max() <= 1e-10
@@ -415,9 +418,14 @@ def test_a_sylvester_step_of_rank_one_is_a_planar_step() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("lead", [(3,), (40, 3)], ids=["shared", "own"])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(("dims", "rank"), [(17, 16), (40, 33), (64, 16)])
-def test_sylvester_op_and_twin_agree(lead, dims: int, rank: int, dtype: torch.dtype) -> None:
+def test_sylvester_op_and_twin_agree(
+    lead, dims: int, rank: int, inverse: bool, dtype: torch.dtype
+) -> None:
     inputs = [rows(40, dims), *sylvester(lead, dims, rank, scale=0.3)]
+    if inverse and rank == 33:
+        inputs[2:4] = [0.3 * x for x in inputs[2:4]]  # or its Jacobian is of 1e4
     exact = [x.requires_grad_() for x in inputs]
     inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     results = []
@@ -425,7 +433,7 @@ def test_sylvester_op_and_twin_agree(lead, dims: int, rank: int, dtype: torch.dt
         (fastvae.sylvester_flow, inputs),
         (reference.sylvester_flow, exact),
     ):
-        z, log_det = function(*arguments)
+        z, log_det = function(*arguments, inverse)
         loss = (z * rows(40, dims)).sum() + (log_det * rows(40)).sum()
         results.append((z, log_det, *torch.autograd.grad(loss, arguments)))
     tolerance = 2e-5 if dtype == torch.float32 else 1e-12
@@ -466,12 +474,96 @@ def test_sylvester_steps_are_invertible_whatever_the_diagonals(size, dtype: torc
         assert gradient.isfinite().all()
 
 
-def test_many_rows_of_a_sylvester_flow_and_their_split() -> None:
+@pytest.mark.parametrize("lead", [(12,), (50, 12)], ids=["shared", "own"])
+@pytest.mark.parametrize(("dims", "rank"), [(1, 1), (8, 1), (8, 8), (33, 17)])
+def test_a_sylvester_inverse_undoes_the_flow_either_way_round(lead, dims: int, rank: int) -> None:
+    """To 1e-5 in float32."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        given = sylvester(lead, dims, rank, dtype, scale=0.5 / rank**0.5)
+        z = rows(50, dims, dtype=dtype)
+        for first in (False, True):
+            moved, log_det = fastvae.sylvester_flow(z, *given, inverse=first)
+            back, undone = fastvae.sylvester_flow(moved, *given, inverse=not first)
+            assert (back - z).abs().max() <= tolerance
+            assert (log_det + undone).abs().max() <= tolerance
+            assert (moved - z).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 4.0, 30.0, 1e4])
+def test_sylvester_inverses_are_right_or_finite_whatever_the_diagonals(
+    size: float, signs: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Right as far as they are sent where they came from; where a step folds, that is little."""
+    eps = torch.finfo(dtype).eps
+    q, r, s, b = sylvester((2,), 4, 3, dtype)
+    for x, sign in zip((r, s), signs, strict=True):
+        x.diagonal(dim1=-2, dim2=-1).fill_(sign * size)
+    inputs = [x.requires_grad_() for x in (rows(300, 4, dtype=dtype), q, r, s, b)]
+    x, log_det = fastvae.sylvester_flow(*inputs, inverse=True)
+    again, forth = fastvae.sylvester_flow(x, *inputs[1:])
+    # each step's R and S stretch by less than 4; forward never grows an error more
+    assert (again - inputs[0]).abs().max() <= 2000 * eps
+    for value in (log_det, forth):
+        assert value.isfinite().all()
+    if signs[0] * signs[1] >= 0 or size == 1.0:  # no fold: all is known
+        assert (log_det + forth).abs().max() <= 2000 * eps
+        gradients = torch.autograd.grad(x.sum() + log_det.sum(), inputs)
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_gradients_of_a_sylvester_inverse_are_those_of_the_implicit_function() -> None:
+    """Along orthonormal columns: from the forward op's own Jacobians of both outputs."""
+    free, r, s, b = rows(3, 5, 2), *sylvester((3,), 5, 2, scale=0.7)[1:]
+    y, jacobian = rows(4, 5), torch.autograd.functional.jacobian
+
+    def flow(z: torch.Tensor, free: torch.Tensor, *given: torch.Tensor, inverse: bool = False):
+        return fastvae.sylvester_flow(z, fastvae.householder_columns(free), *given, inverse)
+
+    inputs = [t.clone().requires_grad_() for t in (y, free, r, s, b)]
+    x, log_det = flow(*inputs, inverse=True)
+    g, m = torch.flip(rows(4, 5), (0,)), rows(4)
+    found = torch.autograd.grad((x, log_det), inputs, (g, m))
+    total = [torch.zeros_like(p) for p in (free, r, s, b)]
+    for i in range(4):
+        of_z, *of_given = zip(*jacobian(flow, (x[i].detach(), free, r, s, b)), strict=True)
+        along = torch.linalg.solve(of_z[0].T, g[i] - m[i] * of_z[1])
+        torch.testing.assert_close(found[0][i], along, rtol=1e-10, atol=1e-10)
+        for sum_, (of_value, of_log_det) in zip(total, of_given, strict=True):
+            sum_ -= torch.tensordot(along, of_value, 1) + m[i] * of_log_det
+    for a, e in zip(found[1:], total, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("lead", [(2,), (4, 2)], ids=["shared", "own"])
+def test_a_sylvester_inverse_is_differentiable_twice(lead) -> None:
+    inputs = [rows(4, 3), *sylvester(lead, 3, 2, scale=0.7)]
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def inverse(*inputs: torch.Tensor):
+        return fastvae.sylvester_flow(*inputs, inverse=True)
+
+    assert torch.autograd.gradcheck(inverse, inputs)
+    assert torch.autograd.gradgradcheck(inverse, inputs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_what_is_no_number_has_no_sylvester_inverse_that_looks_like_one(bad: float) -> None:
+    z = rows(3, 4)
+    z[1, 2] = bad
+    x, _ = fastvae.sylvester_flow(z, *sylvester((3,), 4, 2), inverse=True)
+    assert x[[0, 2]].isfinite().all()
+    assert not x[1, 2].isfinite()
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_many_rows_of_a_sylvester_flow_and_their_split(inverse: bool) -> None:
     given = [p.requires_grad_() for p in sylvester((3,), 5, 2)]
     z = rows(5000, 5)
-    outputs = fastvae.sylvester_flow(z, *given)
+    outputs = fastvae.sylvester_flow(z, *given, inverse)
     gradients = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), given)
-    parts = [fastvae.sylvester_flow(x, *given) for x in z.split([1, 1999, 3000])]
+    parts = [fastvae.sylvester_flow(x, *given, inverse) for x in z.split([1, 1999, 3000])]
     for a, b in zip(outputs, zip(*parts, strict=True), strict=True):
         assert torch.equal(a, torch.cat(b))
     total = sum(z.sum() + log_det.sum() for z, log_det in parts)
@@ -490,6 +582,40 @@ def test_householder_columns_are_orthonormal_whatever_the_parameters(rank: int) 
         assert gradient.isfinite().all()
     x = rows(2, 4, min(rank, 3)).requires_grad_()
     assert torch.autograd.gradcheck(fastvae.householder_columns, [x])
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_orthogonal_columns_are_the_nearest_orthonormal_ones(rank: int) -> None:
+    for size in (1e-30, 1.0, 1e30):
+        x = size * rows(3, 6, rank)
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        q = fastvae.orthogonal_columns(x.requires_grad_())
+        torch.testing.assert_close(q, u @ vh, rtol=0, atol=1e-13)
+        (gradient,) = torch.autograd.grad((q * rows(3, 6, rank)).sum(), x)
+        assert gradient.isfinite().all()
+        q = fastvae.orthogonal_columns(x.detach().float())
+        torch.testing.assert_close(q, (u @ vh).float(), rtol=0, atol=1e-5)
+    x = rows(2, 6, rank).requires_grad_()
+    assert torch.autograd.gradcheck(fastvae.orthogonal_columns, [x])
+    half = x.detach().bfloat16()
+    with torch.autocast("cpu"):
+        q = fastvae.orthogonal_columns(half)
+    assert torch.equal(q, fastvae.orthogonal_columns(half.float()).bfloat16())
+    for shape in ((0, 5, 2), (2, 5, 0)):
+        assert fastvae.orthogonal_columns(torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("singular", [1e-3, 1e-6])
+def test_orthogonal_columns_of_nearly_dependent_ones(singular: float) -> None:
+    u, _, vh = torch.linalg.svd(rows(8, 4), full_matrices=False)
+    x = u * torch.tensor([1.0, 1.0, 0.1, singular], dtype=torch.float64) @ vh
+    torch.testing.assert_close(fastvae.orthogonal_columns(x), u @ vh, rtol=0, atol=1e-9)
+
+
+def test_columns_of_half_types_are_computed_in_float32() -> None:
+    x = rows(2, 6, 3).bfloat16()
+    q = fastvae.householder_columns(x)
+    assert torch.equal(q, fastvae.householder_columns(x.float()).bfloat16())
 
 
 def test_wrong_shapes_of_a_sylvester_flow_raise_and_name_the_argument() -> None:

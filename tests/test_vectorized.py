@@ -76,7 +76,11 @@ LOOPS = [
         for real in REALS
         for inverse in ("true", "false")
     ),
-    *(f"{loop}<{real}>" for loop in ("bend_rows", "bend_again", "unbend_rows") for real in REALS),
+    *(
+        f"{loop}<{real}>"
+        for loop in ("bend_rows", "bend_again", "unbend_rows", "solve_rows", "unsolve_rows")
+        for real in REALS
+    ),
     *(
         f"activate<fastvae::{activation}, {real}>"
         for activation in ("LeakyRelu", "Elu", "Silu", "Logistic", "HyperbolicTangent")

@@ -14,7 +14,7 @@ from .image import Multiscale
 from .linear import Linear
 from .networks import conv_net, mlp
 from .recipes import glow_like, iaf_posterior, maf, nsf, planar_posterior, realnvp
-from .residual import Householder, Planar, Radial
+from .residual import Householder, Planar, Radial, Sylvester
 from .transform import Transform
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCoupling",
     "StandardNormal",
+    "Sylvester",
     "Transform",
     "conv_net",
     "glow_like",
