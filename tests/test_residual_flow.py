@@ -495,7 +495,7 @@ def test_a_sylvester_inverse_undoes_the_flow_either_way_round(lead, dims: int, r
 def test_sylvester_inverses_are_right_or_finite_whatever_the_diagonals(
     size: float, signs: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Right as far as they are sent where they came from; where a step folds, that is little."""
+    """Sent where they came from: a step stretches little, and never grows an error much."""
     eps = torch.finfo(dtype).eps
     q, r, s, b = sylvester((2,), 4, 3, dtype)
     for x, sign in zip((r, s), signs, strict=True):
@@ -503,14 +503,17 @@ def test_sylvester_inverses_are_right_or_finite_whatever_the_diagonals(
     inputs = [x.requires_grad_() for x in (rows(300, 4, dtype=dtype), q, r, s, b)]
     x, log_det = fastvae.sylvester_flow(*inputs, inverse=True)
     again, forth = fastvae.sylvester_flow(x, *inputs[1:])
-    # each step's R and S stretch by less than 4; forward never grows an error more
-    assert (again - inputs[0]).abs().max() <= 2000 * eps
-    for value in (log_det, forth):
-        assert value.isfinite().all()
-    if signs[0] * signs[1] >= 0 or size == 1.0:  # no fold: all is known
-        assert (log_det + forth).abs().max() <= 2000 * eps
-        gradients = torch.autograd.grad(x.sum() + log_det.sum(), inputs)
-        assert all(g.isfinite().all() for g in gradients)
+    assert (again - inputs[0]).abs().max() <= 40 * eps
+    assert (log_det + forth).abs().max() <= 100 * eps
+    for gradient in torch.autograd.grad(x.sum() + log_det.sum(), inputs):
+        assert gradient.isfinite().all()
+    # and where all elements fold at once, those of the last step
+    fold = torch.zeros_like(inputs[0][:1]), q[-1:], r[-1:], s[-1:], torch.zeros_like(b[-1:])
+    x, log_det = fastvae.sylvester_flow(*fold, inverse=True)
+    assert torch.equal(x, fold[0])
+    assert log_det.isfinite().all()
+    expected = fastvae.sylvester_flow(*fold)[1]
+    torch.testing.assert_close(-log_det, expected, rtol=2 * eps, atol=2 * eps)
 
 
 def test_gradients_of_a_sylvester_inverse_are_those_of_the_implicit_function() -> None:
@@ -536,16 +539,16 @@ def test_gradients_of_a_sylvester_inverse_are_those_of_the_implicit_function() -
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("lead", [(2,), (4, 2)], ids=["shared", "own"])
+@pytest.mark.parametrize("lead", [(2,), (2, 1)], ids=["shared", "own"])
 def test_a_sylvester_inverse_is_differentiable_twice(lead) -> None:
-    inputs = [rows(4, 3), *sylvester(lead, 3, 2, scale=0.7)]
+    inputs = [rows(2, 3), *sylvester(lead, 3, 2, scale=0.7)]
     inputs = [x.requires_grad_() for x in inputs]
 
     def inverse(*inputs: torch.Tensor):
         return fastvae.sylvester_flow(*inputs, inverse=True)
 
     assert torch.autograd.gradcheck(inverse, inputs)
-    assert torch.autograd.gradgradcheck(inverse, inputs)
+    assert torch.autograd.gradgradcheck(inverse, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)

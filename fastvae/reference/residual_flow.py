@@ -151,14 +151,12 @@ def sylvester_flow(
 
 def _sylvester_argument(c: Tensor, n: Tensor, t: Tensor) -> Tensor:
     """The root of ``a + t tanh(a) = c``, the upper triangle t of diagonal ``n - 1``."""
-    n = n.expand_as(c)
-    a: list[Tensor] = []  # from the last element on
+    n, above = n.expand_as(c), t.triu(1)
+    a: list[Tensor] = []
     for m in range(c.shape[-1] - 1, -1, -1):
-        known = c[..., m]
-        for j, a_j in enumerate(a):
-            known = known - t[..., m, c.shape[-1] - 1 - j] * torch.tanh(a_j)
-        a.append(_planar_argument(known, n[..., m]))
-    return torch.stack(a[::-1], -1) if a else c
+        a.insert(0, _planar_argument(c[..., m], n[..., m]))
+        c = c - above[..., :, m] * torch.tanh(a[0]).unsqueeze(-1)
+    return torch.stack(a, -1) if a else c
 
 
 def _log_cosh(x: Tensor) -> Tensor:
