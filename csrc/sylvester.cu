@@ -228,8 +228,9 @@ __device__ void walk_products_back(const ProductPlan<T>& plan, int64_t warp, int
   }
 }
 
+// The inverse in double, solved and followed back, does not fit into as many registers.
 template <class T, bool kInverse>
-__global__ void __launch_bounds__(kProductBlock, kProductBlocks)
+__global__ void __launch_bounds__(kProductBlock, kInverse && sizeof(T) > 4 ? 2 : kProductBlocks)
     sylvester_backward_kernel(const ProductPlan<T> plan) {
   for (int64_t warp = warp_of_grid(); warp < plan.warps; warp += warps_of_grid()) {
     walk_products_back<T, kInverse>(plan, warp, lane_of_warp());
