@@ -250,6 +250,155 @@ FASTVAE_CLONES void unsolve_rows(T* x, LinesOf<SylvesterLine<const T>> lines, T*
   }
 }
 
+// Of diagonals of R and S as given, those that the steps have, w_v and the gain; and backwards.
+template <class T>
+FASTVAE_CLONES void constrain_diagonals(const T* r, const T* s, T* to_r, T* to_s, T* w_v, T* gain,
+                                        int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Values<T, 4> values = SylvesterDiagonal::Forward::eval(r[i], s[i]);
+    to_r[i] = values.v[0];
+    to_s[i] = values.v[1];
+    w_v[i] = values.v[2];
+    gain[i] = values.v[3];
+  }
+}
+template <class T>
+FASTVAE_CLONES void pull_diagonals(const T* r, const T* s, T* d_r, T* d_s, const T* d_gain,
+                                   int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Values<T, 2> d = SylvesterDiagonal::Backward::eval(r[i], s[i], d_r[i], d_s[i], d_gain[i]);
+    d_r[i] = d.v[0];
+    d_s[i] = d.v[1];
+  }
+}
+
+// What is made of a step's parameters before any row, and of a line's gradient after all.
+template <class T>
+class LineTask {
+ public:
+  explicit LineTask(const SylvesterSweep& s)
+      : s_(s),
+        r_(square()),
+        s_full_(square()),
+        turned_(square()),
+        d_r_(square()),
+        d_s_(square()),
+        d_q_(static_cast<size_t>(s.dims * s.rank_width / kLanes)),
+        diagonals_(static_cast<size_t>(6 * s.rank_width / kLanes)) {}
+
+  // Lines begin..end of the table.
+  void lay_out(int64_t begin, int64_t end, T* table) {
+    const int64_t w = s_.rank_width;
+    for (int64_t n = begin; n < end; ++n) {
+      T* to = table + n * s_.line_size();
+      std::fill_n(to, s_.line_size(), T(0));
+      const SylvesterLine<T> line(s_, to);
+      const T *q = given(0, n, s_.dims), *b = given(3, n, 1);
+      read(n, line.w_v, line.gain);
+      std::copy_n(b, s_.rank, line.b);
+      turn(at(s_full_), s_.rank, w, at(turned_), w);
+      multiply(q, s_.rank, 1, at(turned_), line.in, s_.dims, s_.rank, w);
+      multiply(q, s_.rank, 1, at(r_), line.out, s_.dims, s_.rank, w);
+      turn(line.in, s_.dims, w, line.in_t, s_.width);
+      turn(line.out, s_.dims, w, line.out_t, s_.width);
+      if (!s_.inverse) continue;
+      multiply(at(s_full_), w, 1, at(r_), line.t, s_.rank, s_.rank, w);
+      keep_above(line.t);
+      turn(line.t, s_.rank, w, line.t_t, w);
+    }
+  }
+
+  // Of the gradients of lines begin..end, which may be those of `parts` runs of rows, apart by all
+  // of the lines, makes those of what was given.
+  void pull(int64_t begin, int64_t end, T* gradients, int64_t parts) {
+    const int64_t w = s_.rank_width, size = s_.gradient_size();
+    for (int64_t n = begin; n < end; ++n) {
+      T* sum = gradients + n * size;
+      for (int64_t p = 1; p < parts; ++p) add_to(sum + p * s_.steps * size, size, sum);
+      const SylvesterGradient<T> d(s_, sum);
+      const T* q = given(0, n, s_.dims);
+      read(n, diagonal(4), diagonal(5));
+      for (auto* x : {&d_q_, &d_r_, &d_s_}) std::fill(x->begin(), x->end(), Lanes<T>{});
+      if (s_.d_given[0] != nullptr) {
+        turn(at(r_), s_.rank, w, at(turned_), w);
+        multiply(d.out, w, 1, at(turned_), at(d_q_), s_.dims, s_.rank, w);
+        multiply(d.in, w, 1, at(s_full_), at(d_q_), s_.dims, s_.rank, w);
+        write(0, n, s_.dims, at(d_q_));
+      }
+      // Of R, and of the transpose of S.
+      multiply(q, 1, s_.rank, d.out, at(d_r_), s_.rank, s_.dims, w);
+      multiply(q, 1, s_.rank, d.in, at(d_s_), s_.rank, s_.dims, w);
+      if (s_.inverse) {
+        keep_above(d.t);
+        turn(d.t, s_.rank, w, at(turned_), w);
+        multiply(at(s_full_), 1, w, d.t, at(d_r_), s_.rank, s_.rank, w);
+        multiply(at(r_), w, 1, at(turned_), at(d_s_), s_.rank, s_.rank, w);
+      }
+      turn(at(d_s_), s_.rank, w, at(turned_), w);
+      for (int64_t i = 0; i < s_.rank; ++i) {
+        diagonal(2)[i] = at(d_r_)[i * (w + 1)];
+        diagonal(3)[i] = at(turned_)[i * (w + 1)];
+      }
+      pull_diagonals(diagonal(0), diagonal(1), diagonal(2), diagonal(3), d.gain, s_.rank);
+      write_triangle(1, n, at(d_r_), diagonal(2));
+      write_triangle(2, n, at(turned_), diagonal(3));
+      write(3, n, 1, d.b);
+    }
+  }
+
+ private:
+  using Buffer = std::vector<Lanes<T>>;
+  size_t square() const { return static_cast<size_t>(s_.rank * s_.rank_width / kLanes); }
+  static T* at(Buffer& x) { return reinterpret_cast<T*>(x.data()); }
+  T* diagonal(int i) { return at(diagonals_) + i * s_.rank_width; }
+  const T* given(int i, int64_t n, int64_t rows) const {
+    return static_cast<const T*>(s_.given[i]) + n * rows * s_.rank;
+  }
+
+  // The triangles of line n, of which is zero what is not above the diagonals.
+  void read(int64_t n, T* w_v, T* gain) {
+    const int64_t w = s_.rank_width;
+    for (int i = 0; i < 2; ++i) {
+      const T* from = given(1 + i, n, s_.rank);
+      T* to = at(i == 0 ? r_ : s_full_);
+      for (int64_t j = 0; j < s_.rank; ++j) {
+        diagonal(i)[j] = from[j * (s_.rank + 1)];
+        std::copy(from + j * s_.rank + j + 1, from + (j + 1) * s_.rank, to + j * w + j + 1);
+      }
+    }
+    constrain_diagonals(diagonal(0), diagonal(1), diagonal(2), diagonal(3), w_v, gain, s_.rank);
+    for (int64_t j = 0; j < s_.rank; ++j) {
+      at(r_)[j * (w + 1)] = diagonal(2)[j];
+      at(s_full_)[j * (w + 1)] = diagonal(3)[j];
+    }
+  }
+  // The transpose of `rows` rows of the rank.
+  void turn(const T* from, int64_t rows, int64_t w, T* to, int64_t to_w) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t m = 0; m < s_.rank; ++m) to[m * to_w + i] = from[i * w + m];
+    }
+  }
+  void keep_above(T* t) const {
+    for (int64_t i = 0; i < s_.rank; ++i) std::fill_n(t + i * s_.rank_width, i + 1, T(0));
+  }
+  void write(int i, int64_t n, int64_t rows, const T* from) const {
+    for (int64_t j = 0; s_.d_given[i] != nullptr && j < rows; ++j) {
+      T* to = static_cast<T*>(s_.d_given[i]) + (n * rows + j) * s_.rank;
+      std::copy_n(from + j * s_.rank_width, s_.rank, to);
+    }
+  }
+  void write_triangle(int i, int64_t n, T* from, const T* diagonal) const {
+    keep_above(from);
+    for (int64_t j = 0; j < s_.rank; ++j) from[j * (s_.rank_width + 1)] = diagonal[j];
+    write(i, n, s_.rank, from);
+  }
+
+  const SylvesterSweep& s_;
+  Buffer r_, s_full_, turned_, d_r_, d_s_, d_q_, diagonals_;
+};
+
 template <class T>
 class ProductTask {
  public:
@@ -286,8 +435,8 @@ class ProductTask {
     }
   }
 
-  // Chunks begin..end of the blocks. The gradients of lines are added to s.d_lines, [chunks, K] of
-  // those that rows share, or [rows, K].
+  // Chunks begin..end of the blocks. The gradients of lines go to s.d_lines, [chunks, K] of those
+  // that rows share, or [rows, K].
   void backward(int64_t begin, int64_t end) {
     Buffer states(lanes(s_.steps * tile_)), bends(lanes(s_.steps * bends_)), grads(lanes(tile_)),
         weights(lanes(bends_)), folded(lanes(s_.steps * s_.gradient_size()));
@@ -299,8 +448,10 @@ class ProductTask {
       const int64_t all = blocks(s_), parts = chunks(s_), size = s_.steps * s_.gradient_size();
       const int64_t first = chunk * all / parts, last = (chunk + 1) * all / parts;
       T* total = static_cast<T*>(s_.d_lines) + (s_.shared ? chunk * size : 0);
+      if (s_.shared) std::fill_n(total, size, T(0));
       for (int64_t block = first; block < last; ++block) {
         start(block);
+        if (!s_.shared) std::fill_n(total + first_ * size, count_ * size, T(0));
         read_rows(s_.z, z(0));
         for (int64_t k = 0; k < s_.steps; ++k) {
           std::fill_n(x(k), bends_, T(0));

@@ -496,12 +496,14 @@ struct SylvesterSweep {
   bool in_double = false;  // all is float, or double
   int64_t rows = 0, dims = 0, width = 0, rank = 0, rank_width = 0, steps = 0;
   bool shared = true, inverse = false;
-  const void* z = nullptr;  // [rows, dims]
+  const void* z = nullptr;    // [rows, dims]
+  const void* given[4] = {};  // q, [lines, dims, rank]; r and s, [lines, rank, rank]; b
   const void* lines = nullptr;
   void *out = nullptr, *log_det = nullptr;
 
   const void *grad_out = nullptr, *grad_log_det = nullptr;  // null: zero
-  void *d_z = nullptr, *d_lines = nullptr;  // the first null: not wanted; the second zero at first
+  void *d_z = nullptr, *d_lines = nullptr;                  // the first null: not wanted
+  void* d_given[4] = {};                                    // null: not wanted
 
   // The numbers of a line, and of its gradient.
   FASTVAE_HD int64_t line_size() const {

@@ -1,6 +1,6 @@
-// Sylvester flows as a torch op. The formula is in residual_flow.h, the engine in products.h. What
-// is made of a step's parameters before any row, and of their gradients after, is torch's to do:
-// matrices of no more than [D, M].
+// Sylvester flows as a torch op. The formula is in residual_flow.h, the engine in products.h. On
+// CUDA what is made of a step's parameters before any row, and of their gradients after, is torch's
+// to do: matrices of no more than [D, M].
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -26,40 +26,7 @@ namespace {
 
 using std::optional;
 
-// Products of n matrices, [n, I, J] and [n, J, N], into zeros, N padded to whole lanes. On a CPU
-// torch's own depend in the last bits on the threads there are, and on where a matrix begins.
-template <class T>
-void multiply_on_cpu(const Tensor& a, const Tensor& b, const Tensor& out) {
-  const T *a_data = a.const_data_ptr<T>(), *b_data = b.const_data_ptr<T>();
-  T* to = out.mutable_data_ptr<T>();
-  const int64_t work = out.size(1) * out.size(2) * a.size(2);
-  at::parallel_for(0, a.size(0), 1 + 65536 / (1 + work), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      cpu::multiply(a_data + i * a.stride(0), a.stride(1), a.stride(2), b_data + i * b.stride(0),
-                    to + i * out.stride(0), a.size(1), a.size(2), b.size(2));
-    }
-  });
-}
 int64_t whole_lanes(int64_t n) { return (n + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes; }
-void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  const int64_t n = b.size(2), width = out.size(2);
-  if (!a.is_cpu()) {
-    out.narrow(2, 0, n).copy_(at::bmm(a, b));
-    return;
-  }
-  Tensor columns = b;
-  if (n != width || b.stride(2) != 1 || b.stride(1) != n) {
-    columns = at::zeros({b.size(0), b.size(1), width}, b.options());
-    columns.narrow(2, 0, n).copy_(b);
-  }
-  a.scalar_type() == at::kDouble ? multiply_on_cpu<double>(a, columns, out)
-                                 : multiply_on_cpu<float>(a, columns, out);
-}
-Tensor product_of(const Tensor& a, const Tensor& b) {
-  const Tensor out = at::zeros({a.size(0), a.size(1), whole_lanes(b.size(2))}, a.options());
-  multiply_into(out, a, b);
-  return out.narrow(2, 0, b.size(2));
-}
 
 // Upper triangles as the steps have them: R and S of each of n lines, [n, M, M].
 struct Triangles {
@@ -170,44 +137,22 @@ class SylvesterOp {
     if (!s_.shared) size.push_back(lines_.back());
     const int64_t gradient_size = s_.gradient_size();
     size.push_back(gradient_size);
-    Tensor sums = at::zeros_symint(size, wide);
-    s_.d_lines = sums.mutable_data_ptr();
+    Tensor d_lines = allocate(size, wide);
+    s_.d_lines = d_lines.mutable_data_ptr();
     launch(true);
 
-    c10::SymDimVector one = lines_;
-    one.push_back(gradient_size);
-    const Tensor d_lines =
-        (s_.shared ? sums.sum(0) : at::sum_to(sums, one)).view({q_.size(0), gradient_size});
-    int64_t at = 0;
-    const auto part = [&](int64_t rows) {
-      const Tensor x =
-          d_lines.as_strided({q_.size(0), rows, s_.rank}, {gradient_size, s_.rank_width, 1}, at);
-      at += rows * s_.rank_width;
-      return x;
-    };
-    const Tensor d_in = part(s_.dims), d_out = part(s_.dims), d_b = part(1).squeeze(1),
-                 d_gain = part(1).squeeze(1);
-    const Triangles& t = *triangles_;
     gradients[0] = d_z;
-    if (wanted[1]) {
-      gradients[1] = product_of(d_out, t.full[0].mT()) + product_of(d_in, t.full[1]);
+    for (int i = 1; i < kInputs; ++i) {
+      if (wanted[i]) gradients[i] = allocate(inputs_[i].sym_sizes(), wide);
     }
-    if (wanted[2] || wanted[3]) {
-      Tensor d_r = product_of(q_.mT(), d_out).contiguous();
-      Tensor d_s = product_of(d_in.mT(), q_).contiguous();
-      if (s_.inverse) {
-        const Tensor d_t = part(s_.rank).triu(1);
-        d_r += product_of(t.full[1].mT(), d_t);
-        d_s += product_of(d_t, t.full[0].mT());
-      }
-      t.pull(d_r, d_s, d_gain);
-      if (wanted[2]) gradients[2] = d_r;
-      if (wanted[3]) gradients[3] = d_s;
+    if (!s_.shared) {
+      c10::SymDimVector one = lines_;
+      one.push_back(gradient_size);
+      d_lines = at::sum_to(d_lines, one).contiguous();
     }
-    if (wanted[4]) gradients[4] = d_b.contiguous();
+    inputs_[0].is_cpu() ? pull_lines(d_lines, gradients) : pull_with_torch(d_lines, gradients);
     for (int i = 0; i < kInputs; ++i) {
       if (!gradients[i].defined()) continue;
-      if (i > 0) gradients[i] = gradients[i].view_symint(inputs_[i].sym_sizes());
       gradients[i] = gradients[i].to(inputs_[0].scalar_type());
     }
     return gradients;
@@ -218,49 +163,114 @@ class SylvesterOp {
     const auto type = row_options(inputs_[0]).dtype().toScalarType();
     const auto wide = [&](int i) { return inputs_[i].to(type); };
     z_ = wide(0).expand_symint(shape_).contiguous();
-    q_ = wide(1).contiguous().flatten(0, -3);
-    triangles_.emplace(wide(2).flatten(0, -3), wide(3).flatten(0, -3));
+    for (int i = 1; i < kInputs; ++i) {
+      given_[i - 1] = wide(i).contiguous().flatten(0, i < 4 ? -3 : -2);
+      s_.given[i - 1] = given_[i - 1].const_data_ptr();
+    }
     s_.in_double = type == at::kDouble;
     s_.rows = 1;
     for (const c10::SymInt& size : rows_) s_.rows *= size.expect_int();
-    s_.dims = q_.size(-2), s_.rank = q_.size(-1);
+    s_.dims = given_[0].size(-2), s_.rank = given_[0].size(-1);
     s_.width = whole_lanes(s_.dims), s_.rank_width = whole_lanes(s_.rank);
     s_.steps = lines_.back().expect_int();
     s_.shared = lines_.size() == 1;
     s_.z = z_.const_data_ptr();
 
-    const int64_t n = q_.size(0);
-    const int64_t line_size = s_.line_size();
-    Tensor table = at::zeros({n, line_size}, z_.options());
-    int64_t at = 0;
-    const auto part = [&](int64_t rows, int64_t width) {
-      const Tensor x = table.as_strided({n, rows, width}, {line_size, width, 1}, at);
-      at += rows * width;
-      return x;
-    };
-    const Tensor r = triangles_->full[0], s = triangles_->full[1], q_t = q_.mT();
-    multiply_into(part(s_.dims, s_.rank_width), q_, s.mT());
-    multiply_into(part(s_.rank, s_.width), s, q_t);
-    multiply_into(part(s_.dims, s_.rank_width), q_, r);
-    multiply_into(part(s_.rank, s_.width), r.mT(), q_t);
-    for (const Tensor& numbers : {wide(4).flatten(0, -2), triangles_->gain, triangles_->product}) {
-      part(1, s_.rank_width).narrow(2, 0, s_.rank).copy_(numbers.unsqueeze(1));
-    }
-    if (s_.inverse) {
-      const Tensor t = part(s_.rank, s_.rank_width);
-      multiply_into(t, s, r);
-      t.triu_(1);
-      part(s_.rank, s_.rank_width).narrow(2, 0, s_.rank).copy_(t.narrow(2, 0, s_.rank).mT());
-    }
+    Tensor table = inputs_[0].is_cpu() ? lay_lines_out() : lay_out_with_torch();
     if (!s_.shared) {
       c10::SymDimVector one = lines_, all = rows_;
-      one.push_back(line_size);
+      one.push_back(s_.line_size());
       all.push_back(lines_.back());
-      all.push_back(line_size);
+      all.push_back(s_.line_size());
       table = table.view_symint(one).expand_symint(all).contiguous();
     }
     table_ = table;
     s_.lines = table_.const_data_ptr();
+  }
+
+  // Lines, and the gradients of what was given of those of d_lines: by the engine.
+  template <class Work>
+  void each_line(const Work& work) const {
+    const int64_t size = 1 + 2 * s_.dims * s_.rank * s_.rank;
+    at::parallel_for(0, given_[0].size(0), 1 + 32768 / size, work);
+  }
+  Tensor lay_lines_out() const {
+    const Tensor table = allocate({given_[0].size(0), s_.line_size()}, z_.options());
+    with_real([&]<class T>(T*) {
+      T* to = table.mutable_data_ptr<T>();
+      each_line([&](int64_t begin, int64_t end) { cpu::LineTask<T>(s_).lay_out(begin, end, to); });
+    });
+    return table;
+  }
+  void pull_lines(const Tensor& d_lines, const Inputs& gradients) {
+    for (int i = 1; i < kInputs; ++i) {
+      if (gradients[i].defined()) s_.d_given[i - 1] = gradients[i].mutable_data_ptr();
+    }
+    with_real([&]<class T>(T*) {
+      T* from = d_lines.mutable_data_ptr<T>();
+      each_line([&](int64_t begin, int64_t end) {
+        cpu::LineTask<T>(s_).pull(begin, end, from, s_.shared ? sum_count() : 1);
+      });
+    });
+  }
+  template <class F>
+  void with_real(const F& f) const {
+    s_.in_double ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
+  }
+
+  // The same by torch, for CUDA.
+  Tensor lay_out_with_torch() const {
+    const Tensor q = given_[0];
+    const int64_t n = q.size(0);
+    const Tensor table = at::zeros({n, s_.line_size()}, z_.options());
+    int64_t at = 0;
+    const auto put = [&](int64_t rows, int64_t width, const Tensor& x) {
+      const Tensor to = table.as_strided({n, rows, x.size(2)}, {s_.line_size(), width, 1}, at);
+      to.copy_(x);
+      at += rows * width;
+    };
+    const Triangles triangles(given_[1], given_[2]);
+    const Tensor r = triangles.full[0], s = triangles.full[1];
+    for (const Tensor& x : {at::bmm(q, s.mT()), at::bmm(q, r)}) {
+      put(s_.dims, s_.rank_width, x);
+      put(s_.rank, s_.width, x.mT());
+    }
+    for (const Tensor& numbers : {given_[3], triangles.gain, triangles.product}) {
+      put(1, s_.rank_width, numbers.unsqueeze(1));
+    }
+    if (s_.inverse) {
+      const Tensor t = at::bmm(s, r).triu_(1);
+      put(s_.rank, s_.rank_width, t);
+      put(s_.rank, s_.rank_width, t.mT());
+    }
+    return table;
+  }
+  void pull_with_torch(const Tensor& d_lines, const Inputs& gradients) const {
+    const Tensor q = given_[0];
+    int64_t at = 0;
+    const auto part = [&](int64_t rows) {
+      const Tensor x = d_lines.as_strided({q.size(0), rows, s_.rank},
+                                          {s_.gradient_size(), s_.rank_width, 1}, at);
+      at += rows * s_.rank_width;
+      return x;
+    };
+    const Tensor d_in = part(s_.dims), d_out = part(s_.dims), d_b = part(1).squeeze(1),
+                 d_gain = part(1).squeeze(1);
+    const Triangles triangles(given_[1], given_[2]);
+    const Tensor r = triangles.full[0], s = triangles.full[1];
+    Tensor d_r = at::bmm(q.mT(), d_out), d_s = at::bmm(d_in.mT(), q);
+    if (s_.inverse) {
+      const Tensor d_t = part(s_.rank).triu(1);
+      d_r += at::bmm(s.mT(), d_t);
+      d_s += at::bmm(d_t, r.mT());
+    }
+    triangles.pull(d_r, d_s, d_gain);
+    const Tensor d_q = at::bmm(d_out, r.mT()) + at::bmm(d_in, s);
+    const Tensor* all[] = {&d_q, &d_r, &d_s, &d_b};
+    for (int i = 1; i < kInputs; ++i) {
+      if (gradients[i].defined())
+        gradients[i].copy_(all[i - 1]->view_symint(gradients[i].sym_sizes()));
+    }
   }
 
   int64_t sum_count() const {
@@ -292,8 +302,8 @@ class SylvesterOp {
   }
 
   Inputs inputs_;
-  Tensor z_, q_;  // in the type computed in; the second [n, D, M], as it was given
-  std::optional<Triangles> triangles_;
+  Tensor z_;
+  std::array<Tensor, 4> given_;  // the other inputs in the type computed in, of n lines each
   c10::SymDimVector rows_, lines_, shape_;
   Tensor table_;
   SylvesterSweep s_;

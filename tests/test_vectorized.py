@@ -78,7 +78,15 @@ LOOPS = [
     ),
     *(
         f"{loop}<{real}>"
-        for loop in ("bend_rows", "bend_again", "unbend_rows", "solve_rows", "unsolve_rows")
+        for loop in (
+            "bend_rows",
+            "bend_again",
+            "unbend_rows",
+            "solve_rows",
+            "unsolve_rows",
+            "constrain_diagonals",
+            "pull_diagonals",
+        )
         for real in REALS
     ),
     *(
