@@ -391,7 +391,7 @@ def sylvester(
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(("dims", "rank"), [(1, 1), (5, 1), (3, 3), (7, 2), (20, 17), (5, 0)])
 def test_sylvester_log_det_is_that_of_the_jacobian(dims: int, rank: int, inverse: bool) -> None:
-    given, z = sylvester((4,), dims, rank, scale=0.5 if inverse else 1.0), rows(5, dims)
+    given, z = sylvester((4,), dims, rank), rows(5, dims)
     _, log_det = fastvae.sylvester_flow(z, *given, inverse=inverse)
 
     def jacobian(x: torch.Tensor) -> torch.Tensor:
@@ -424,8 +424,6 @@ def test_sylvester_op_and_twin_agree(
     lead, dims: int, rank: int, inverse: bool, dtype: torch.dtype
 ) -> None:
     inputs = [rows(40, dims), *sylvester(lead, dims, rank, scale=0.3)]
-    if inverse and rank == 33:
-        inputs[2:4] = [0.3 * x for x in inputs[2:4]]  # or its Jacobian is of 1e4
     exact = [x.requires_grad_() for x in inputs]
     inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     results = []
