@@ -274,6 +274,12 @@ FASTVAE_CLONES void pull_diagonals(const T* r, const T* s, T* d_r, T* d_s, const
   }
 }
 
+// The numbers of a buffer; of one of no lanes there are none.
+template <class T>
+T* at(std::vector<Lanes<T>>& x) {
+  return reinterpret_cast<T*>(x.data());
+}
+
 // What is made of a step's parameters before any row, and of a line's gradient after all.
 template <class T>
 class LineTask {
@@ -351,7 +357,6 @@ class LineTask {
  private:
   using Buffer = std::vector<Lanes<T>>;
   size_t square() const { return static_cast<size_t>(s_.rank * s_.rank_width / kLanes); }
-  static T* at(Buffer& x) { return reinterpret_cast<T*>(x.data()); }
   T* diagonal(int i) { return at(diagonals_) + i * s_.rank_width; }
   const T* given(int i, int64_t n, int64_t rows) const {
     return static_cast<const T*>(s_.given[i]) + n * rows * s_.rank;
@@ -413,8 +418,7 @@ class ProductTask {
   // Blocks begin..end.
   void forward(int64_t begin, int64_t end) {
     Buffer tile(lanes(tile_)), arguments(lanes(bends_)), bends(lanes(bends_)), logs(lanes(bends_));
-    T *z = tile.data()->at, *x = arguments.data()->at, *bent = bends.data()->at,
-      *log = logs.data()->at;
+    T *z = at(tile), *x = at(arguments), *bent = at(bends), *log = at(logs);
     for (int64_t block = begin; block < end; ++block) {
       start(block);
       double log_det[kRows] = {};
@@ -440,9 +444,9 @@ class ProductTask {
   void backward(int64_t begin, int64_t end) {
     Buffer states(lanes(s_.steps * tile_)), bends(lanes(s_.steps * bends_)), grads(lanes(tile_)),
         weights(lanes(bends_)), folded(lanes(s_.steps * s_.gradient_size()));
-    T *grad = grads.data()->at, *weighed = weights.data()->at, *sums = folded.data()->at;
-    const auto z = [&](int64_t k) { return states.data()->at + k * tile_; };  // before the k-th
-    const auto x = [&](int64_t k) { return bends.data()->at + k * bends_; };
+    T *grad = at(grads), *weighed = at(weights), *sums = at(folded);
+    const auto z = [&](int64_t k) { return at(states) + k * tile_; };  // before the k-th
+    const auto x = [&](int64_t k) { return at(bends) + k * bends_; };
     T grad_log_det[kRows];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t all = blocks(s_), parts = chunks(s_), size = s_.steps * s_.gradient_size();

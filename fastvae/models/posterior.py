@@ -41,6 +41,7 @@ POSTERIORS = {
     "planar": Posterior(lambda d, k, c: [flows.Planar(d, k, c)], 16),
     "radial": Posterior(lambda d, k, c: [flows.Radial(d, k, c)], 16),
     "householder": Posterior(lambda d, k, c: [flows.Householder(d, k, c)], 4),
+    "sylvester": Posterior(lambda d, k, c: [flows.Sylvester(d, k, min(d, 16), context_dim=c)], 4),
     "iaf": Posterior(_iaf, 4),
     "realnvp": Posterior(_couplings(flows.AffineCoupling), 4),
     "nsf": Posterior(_couplings(partial(flows.SplineCoupling, bound=5.0)), 2),
