@@ -1,7 +1,7 @@
 """The kernel of affine autoregressive flows, fastvae::unroll_affine: what its twin in Python says.
 
-The twin is :meth:`fastvae.flows.MADE.unroll`, which has gradients; what both are, D passes through
-the network, is in test_flows.py.
+The twin is :meth:`fastvae.flows.MADE.unroll`; what both are, D passes through the network, is in
+test_flows.py, and so are the gradients. Here is what else may be asked of them.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def launches(monkeypatch):
     return found
 
 
-def test_the_kernel_serves_where_no_gradient_is_wanted(launches):
+def test_the_kernel_serves_with_and_without_gradients(launches):
     flow = transform(4, (8,), context_dim=2)
     z, context = torch.randn(3, 4).double(), torch.randn(3, 2).double()
     with torch.enable_grad():
@@ -252,7 +252,7 @@ def test_the_kernel_serves_where_no_gradient_is_wanted(launches):
         flow(z, context)
     with torch.autocast("cpu"):
         flow(z, context)
-    assert launches == [False, True, False, False, True, False]
+    assert launches == [True] * 5 + [False]
 
 
 def test_the_twin_serves_transforms_of_functions(launches):
@@ -305,6 +305,100 @@ def test_either_way_compiles_in_one_graph(wants):
         for batch in (3, 5, 16):
             z, context = torch.randn(batch, 4).double(), torch.randn(batch, 2).double()
             torch.testing.assert_close(compiled(z, context), flow(z, context))
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def gradients(outputs, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    outputs = [x for x in outputs if x.requires_grad]  # volumes that are kept have none
+    weights = [torch.linspace(-1.0, 2.0, x.numel()).to(x).view_as(x) for x in outputs]
+    return torch.autograd.grad(outputs, inputs, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("inverse", DIRECTIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_twin(kind, activation, inverse, dtype):
+    flow = transform(7, (33, 20), kind, inverse, dtype, activation=activation, context_dim=3)
+    with torch.enable_grad():
+        z = torch.randn(3, 1, 7, dtype=dtype, requires_grad=True)
+        context = torch.randn(4, 3, dtype=dtype, requires_grad=True)  # broadcasts
+        z = z.expand(3, 4, 7)
+        inputs = [z, context, *flow.parameters()]
+        got = gradients(flow.move(z, context, inverse), inputs)
+        exact = [x.detach().double().requires_grad_() for x in (z, context)]
+        flow.double()
+        want = gradients(by_twin(flow, *exact), [*exact, *flow.parameters()])
+    assert_close(got, want, 1e-12 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 4), (1, 3, 5)])
+def test_gradients_of_some_inputs_alone(wanted):
+    flow = transform(4, (8,), context_dim=2)
+    z, context = torch.randn(3, 4).double(), torch.randn(3, 2).double()
+    inputs = [z, context, *flow.parameters()]
+    for i, x in enumerate(inputs):
+        x.requires_grad_(i in wanted)
+    with torch.enable_grad():
+        chosen = [inputs[i] for i in wanted]
+        got = gradients(flow(z, context), chosen)
+        assert_close(got, gradients(by_twin(flow, z, context), chosen), 1e-12)
+        # of the log-determinant alone, which nothing else depends on
+        got, want = (
+            torch.autograd.grad(f(z, context)[1].sum(), chosen, allow_unused=True)
+            for f in (flow, lambda *given: by_twin(flow, *given))
+        )
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_gradients_twice():
+    flow = transform(3, (5,), "gated", context_dim=2)
+    z = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*flow.named_parameters(), strict=True)
+
+    def call(z, context, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(flow, given, (z, context))
+
+    with torch.enable_grad():
+        assert torch.autograd.gradcheck(call, (z, context, *parameters))
+        assert torch.autograd.gradgradcheck(call, (z, context, *parameters))
+
+
+def test_gradients_of_parameters_lent_for_a_call():
+    """What the network holds when backward runs is not what forward was given."""
+    flow = transform(4, (8,))
+    z = torch.randn(3, 4, dtype=torch.float64)
+    with torch.enable_grad():
+        lent = {n: (0.5 * p).detach().requires_grad_() for n, p in flow.named_parameters()}
+        got = gradients(torch.func.functional_call(flow, lent, (z,)), list(lent.values()))
+        flow.load_state_dict({n: p.detach() for n, p in lent.items()})
+        want = gradients(by_twin(flow, z), list(flow.parameters()))
+    assert_close(got, want, 1e-12)
+
+
+def test_a_parameter_changed_before_backward_raises():
+    flow = transform(4, (8,))
+    with torch.enable_grad():
+        loss = flow(torch.randn(3, 4, dtype=torch.float64))[0].sum()
+    flow.conditioner.layers[0].weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_noise_in_an_activation_is_the_twins_to_differentiate():
+    """A network that is not the same twice has no gradient at its results alone."""
+    flow = transform(4, (8,), activation=nn.RReLU).train()
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        torch.manual_seed(1)
+        got = gradients(flow(z), [z])
+        torch.manual_seed(1)
+        assert torch.equal(got[0], gradients(by_twin(flow, z), [z])[0])
 
 
 # --- the op ---------------------------------------------------------------------------------------

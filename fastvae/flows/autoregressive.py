@@ -2,8 +2,9 @@
 
 One direction is one pass of the network. In the other a column has to be known before the next can
 be; but no part of the network is evaluated twice for that: its units are in the order of the
-columns that they see, and :meth:`MADE.unroll` fills them in as columns become known. Where no
-gradient is wanted, one launch does so for affine elements: :meth:`MADE.unroll_affine`.
+columns that they see, and :meth:`MADE.unroll` fills them in as columns become known; for affine
+elements one launch does so: :meth:`MADE.unroll_affine`. The gradient is that of an implicit
+function, and its equations are solved in the same way, from the last column: :class:`_Unrolled`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.functional import linear
 
 from .. import _load
@@ -118,13 +120,17 @@ class MADE(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``[..., N]`` of ``x``, ``[..., D]``, and ``context``, ``[..., C]``."""
+        return self.sums(x, context)[-1]
+
+    def sums(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+        """What the units of each layer sum up to; the last one's are the outputs."""
         first, *others = self._layers()
-        x = first(x)
+        sums = [first(x)]
         if self.context_dim:
-            x = x + self.context(context)
+            sums[0] = sums[0] + self.context(context)
         for layer in others:
-            x = layer(self.activation(x))
-        return x
+            sums.append(layer(self.activation(sums[-1])))
+        return sums
 
     def _first_sums(self, z: Tensor, context: Tensor | None) -> Tensor:
         """What the first layer's units add the columns to, ``[..., N]``, of a context."""
@@ -132,12 +138,17 @@ class MADE(nn.Module):
         first = self._layers()[0]
         return (first.bias + self.context(context)).expand(*z.shape[:-1], -1)
 
+    def wants_gradient(self, *inputs: Tensor | None) -> bool:
+        """Whether any is wanted, of ``inputs`` or parameters."""
+        given = (*inputs, *self.parameters())
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
     def unroll_affine(
         self, z: Tensor, kind: str, inverse: bool, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """:meth:`unroll` of :class:`Affine` in one launch; None where there is no kernel for it.
 
-        Which has no gradient, and knows nothing of transforms of functions, nor of autocast.
+        Which has no gradient, and knows nothing of autocast.
         """
         layers, act = self._layers(), self.activation
         if (
@@ -150,10 +161,7 @@ class MADE(nn.Module):
             or torch.is_autocast_enabled(z.device.type)
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
-            or (
-                torch.is_grad_enabled()
-                and any(x is not None and x.requires_grad for x in (z, context, *self.parameters()))
-            )
+            or self.wants_gradient(z, context)
         ):
             return None
         return torch.ops.fastvae.unroll_affine.default(  # type: ignore[no-any-return]
@@ -180,13 +188,11 @@ class MADE(nn.Module):
             context: ``[..., C]``.
         """
         rows = z.reshape(-1, self.dim)
-        # As long as only what is known is pushed on, no weight that is masked is met.
-        weights: list[Tensor] = [layer.weight for layer in self._layers()]
+        weights, before, after = self._ordered_weights()
         sums = [layer.bias.expand(rows.shape[0], -1) for layer in self._layers()]
         if self.context_dim:
             sums[0] = self._first_sums(z, context).reshape(sums[0].shape)
-        weights[-1], sums[-1] = weights[-1][self.order], sums[-1][:, self.order]
-        before, after = self.begins[:-1], self.begins[1:]  # of each layer's inputs and outputs
+        sums[-1] = sums[-1][:, self.order]
 
         if self.least == 0:  # what units say that see no column
             seen = rows[:, :0]
@@ -220,6 +226,159 @@ class MADE(nn.Module):
 
         units, log_det = solve(0, self.dim, sums)
         return units[0].view(z.shape), log_det.view(z.shape[:-1])
+
+    def unroll_back(
+        self, d_x: Tensor, d_outputs: Tensor, slope: Tensor, weight: Tensor, slopes: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        r"""Solves :math:`s\, y = \bar x + \partial\bar o`, where :math:`\bar o` is
+        :math:`\bar o_0 - w\, y`, of each column times its outputs' weights, and
+        :math:`\partial\bar o` its gradient with respect to x through the network.
+
+        By halves, as :meth:`unroll`, but from the last column, on which no other's outputs depend.
+
+        Args:
+            d_x, slope: :math:`\bar x` and s, ``[..., D]``.
+            d_outputs, weight: :math:`\bar o_0` and w, ``[..., N]``.
+            slopes: of the activation, at the units of each hidden layer.
+
+        Returns:
+            y, ``[..., D]``, and :math:`\bar o`, ``[..., N]``.
+        """
+        weights, before, after = self._ordered_weights()
+        slopes = [x.reshape(-1, x.shape[-1]) for x in slopes]
+        counts = [b - a for a, b in pairwise(after[-1])]
+        d_columns, by_column = (x.reshape(-1, self.dim).split(1, -1) for x in (d_x, slope))
+        d_numbers, numbers = (
+            x.reshape(-1, x.shape[-1])[:, self.order].split(counts, -1) for x in (d_outputs, weight)
+        )
+
+        def solve(first: int, last: int, sums: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            """The gradients of what each layer gives for columns [first, last), given the sums of
+            what those behind say to what it takes."""
+            if last - first == 1:
+                found: list[Tensor] = []
+                for i in reversed(range(len(weights))):
+                    units = slice(before[i][first], before[i][last])
+                    x = sums[i]
+                    if found:
+                        block = weights[i][after[i][first] : after[i][last], units]
+                        x = torch.addmm(x, found[-1], block)
+                    found.append(x * slopes[i - 1][:, units] if i > 0 else x)
+                y = (d_columns[first] + found.pop()) / by_column[first]
+                outputs = torch.addcmul(d_numbers[first], y, numbers[first], value=-1)
+                return [*reversed(found), outputs], y
+            middle = (first + last) // 2
+            cuts = [a[middle] - a[first] for a in before]
+            right, y = solve(middle, last, [x[:, cut:] for x, cut in zip(sums, cuts, strict=True)])
+            pushed = [
+                torch.addmm(x[:, :cut], seen, w[b[middle] : b[last], a[first] : a[middle]])
+                for x, cut, seen, w, a, b in zip(
+                    sums, cuts, right, weights, before, after, strict=True
+                )
+            ]
+            left, other = solve(first, middle, pushed)
+            found = [torch.cat(pair, -1) for pair in zip(left, right, strict=True)]
+            return found, torch.cat([other, y], -1)
+
+        rows = d_columns[0].shape[0]
+        sums = [d_x.new_zeros(rows, a[-1] - a[0]) for a in before]
+        found, y = solve(0, self.dim, sums)
+        return y.view(d_x.shape), found[-1][:, self.order.argsort()].view(d_outputs.shape)
+
+    def _ordered_weights(self) -> tuple[list[Tensor], list[list[int]], list[list[int]]]:
+        """The weights, outputs in the order of their columns, and the begins of what each layer
+        takes and gives. As long as only what is known is pushed on, no weight that is masked is
+        met."""
+        weights: list[Tensor] = [layer.weight for layer in self._layers()]
+        weights[-1] = weights[-1][self.order]
+        return weights, self.begins[:-1], self.begins[1:]
+
+
+class _With(nn.Module):
+    """A function of a network, as :func:`torch.func.functional_call` wants it."""
+
+    def __init__(self, made: MADE) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, f: Callable[[MADE], Any]) -> Any:
+        return f(self.made)
+
+
+class _Unrolled(torch.autograd.Function):
+    r"""The slow direction, x of z, whose inverse is the fast one, z = g(x), log_det = -h(x).
+
+    Of the gradients :math:`\bar x` and :math:`\bar\ell` of its results that of z is the root of
+
+    .. math:: J_g^\top \bar z = \bar x - \bar\ell\, \nabla h
+
+    found from the last column on (:meth:`MADE.unroll_back`); that of the parameters is the one of
+    :math:`-\bar z^\top g - \bar\ell\, h` where x is fixed. Nothing is kept but x. What is wanted
+    with gradients of its own is taken through :meth:`MADE.unroll`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flow: Autoregressive,
+        inverse: bool,
+        names: Sequence[str],
+        z: Tensor,
+        context: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x, log_det = flow.unroll(flow.conditioner, z, context, inverse)
+        ctx.flow, ctx.inverse, ctx.names = flow, inverse, names
+        ctx.save_for_backward(x, z, context, *parameters)
+        return x, log_det
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor, d_log_det: Tensor) -> Any:
+        flow, inverse = ctx.flow, ctx.inverse
+        x, *inputs = ctx.saved_tensors  # z, context, and the parameters
+        wanted = ctx.needs_input_grad[3:]
+
+        def through(inputs: Sequence[Tensor | None], f: Callable[..., Any]) -> Any:
+            """f(network, z, context), of a network of those parameters."""
+            z, context, *parameters = inputs
+            given: Any = {f"made.{name}": p for name, p in zip(ctx.names, parameters, strict=True)}
+            return functional_call(
+                _With(flow.conditioner), given, (lambda made: f(made, z, context),)
+            )
+
+        def gradients(outputs: Any, given: Any, inputs: Sequence[Any], **mode: bool) -> list[Any]:
+            leaves = [x for x, one in zip(inputs, wanted, strict=True) if one]
+            found = iter(torch.autograd.grad(outputs, leaves, given, allow_unused=True, **mode))
+            return [None, None, None, *(next(found) if one else None for one in wanted)]
+
+        if torch.is_grad_enabled():
+            outputs = through(inputs, lambda *given: flow.unroll(*given, inverse))
+            return tuple(gradients(outputs, (d_x, d_log_det), inputs, create_graph=True))
+
+        x = x.detach()
+        with torch.enable_grad():
+            inputs = [y if y is None else y.detach().requires_grad_() for y in inputs]
+            sums = through(inputs, lambda made, _, context: made.sums(x, context))
+            hidden = [y.detach().requires_grad_() for y in sums[:-1]]
+            units = [flow.conditioner.activation(y).sum() for y in hidden]
+            column, numbers = x.requires_grad_(), sums[-1].detach().requires_grad_()
+            z, h = flow.element(column, numbers, not inverse)
+        slopes = torch.autograd.grad(units, hidden) if hidden else ()
+
+        def pull(y: Tensor, d_y: Tensor) -> tuple[Tensor, ...]:
+            given = (column, numbers)
+            if not y.requires_grad:  # of volumes that are kept
+                return tuple(map(torch.zeros_like, given))
+            return torch.autograd.grad(y, given, d_y, retain_graph=True, materialize_grads=True)
+
+        z_by, h_by = pull(z, torch.ones_like(z)), pull(h, -d_log_det)
+        d_z, d_numbers = through(
+            inputs,
+            lambda made, *_: made.unroll_back(d_x + h_by[0], h_by[1], *z_by, list(slopes)),
+        )
+        found = gradients(sums[-1], d_numbers, inputs)
+        found[3] = d_z if wanted[0] else None
+        return tuple(found)
 
 
 class Autoregressive(TwoWay):
@@ -262,12 +421,34 @@ class Autoregressive(TwoWay):
     def move(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if inverse == (self.given == "data"):  # what the network sees is known
             return self.element(x, self.conditioner(x, context), inverse)
+        made = self.conditioner
+        if made.wants_gradient(x, context) and self._knows_gradient(x):
+            names, parameters = zip(*made.named_parameters(), strict=True)
+            return _Unrolled.apply(self, inverse, names, x, context, *parameters)  # type: ignore
+        return self.unroll(made, x, context, inverse)
+
+    def unroll(
+        self, made: MADE, x: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The slow direction, through that network."""
         if type(self.element) is Affine:
-            moved = self.conditioner.unroll_affine(x, self.element.kind, inverse, context)
+            moved = made.unroll_affine(x, self.element.kind, inverse, context)
             if moved is not None:
                 return moved
-        return self.conditioner.unroll(
+        return made.unroll(
             x, lambda column, numbers: self.element(column, numbers, inverse), context
+        )
+
+    def _knows_gradient(self, x: Tensor) -> bool:
+        """Whether :class:`_Unrolled` has the gradient: of what has no state, noise or parameters of
+        its own, and knows nothing of transforms of functions, of compilers, nor of autocast."""
+        return (
+            type(self.element) in (Affine, Spline)
+            and type(self.conditioner.activation) in ACTIVATIONS
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+            and not torch.compiler.is_compiling()
         )
 
     def extra_repr(self) -> str:
