@@ -85,11 +85,27 @@ print(*(f"{k}: {v}" for k, v in info.items()), sep="\n")
 raise SystemExit(0 if info["cuda"] else "device.sh: built, but without CUDA")'
 }
 
-part_tests() {
-  local test tests=()
-  for test in tests/test_ops.py tests/test_random.py; do [[ -f $test ]] && tests+=("$test"); done
-  run 90 env FASTVAE_TEST_DEVICE=cuda "${safe[@]}" "$python" -m pytest -q -p no:cacheprovider \
-    --durations=5 --tb=short --maxfail=40 "${tests[@]}"
+part_tests() { # what only a device can show; then all that runs on any, in several processes
+  local i code status=0 pids=() log shards=8
+  local pytest=(env FASTVAE_TEST_DEVICE=cuda "${safe[@]:1}" "$python" -m pytest -q
+    -p no:cacheprovider --tb=short --maxfail=10)
+  run 40 "${pytest[@]}" tests/test_cuda.py || status=$?
+  # Those that ask for the device: what they import must be there.
+  local tests
+  mapfile -t tests < <(grep -lE '^def test.*\<device\>' tests/test_*.py)
+  for ((i = 0; i < shards; ++i)); do
+    run 100 env "FASTVAE_TEST_SHARD=$i/$shards" OMP_NUM_THREADS=2 "${pytest[@]:1}" "${tests[@]}" \
+      > "$prefix/tests-$i.log" 2>&1 &
+    pids+=($!)
+  done
+  for ((i = 0; i < shards; ++i)); do
+    wait "${pids[i]}"; code=$?
+    (( code )) && status=$code
+    log=$prefix/tests-$i.log
+    echo "tests, part $i of $shards: exit status $code"
+    tail -n $((code ? 60 : 2)) "$log" | sed "s/^/    /"
+  done
+  return $status
 }
 
 part_sanitize() { # all tools at once: they are not timed

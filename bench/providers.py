@@ -132,9 +132,12 @@ def check(
         grads = torch.autograd.grad(outputs, [inputs[i] for i in wanted], cast)
 
     worst = 0.0
-    # where inputs have shapes of their own, their first dimensions are not the rows
-    alike = all(t.shape == shape for t, i in zip(inputs, case.inputs, strict=True) if i.has_rows)
-    for rows in _edges(shape) if alike else [slice(None)]:
+    # the gradient of what rows share is a sum over all of them
+    apart = all(
+        i.has_rows and t.dim() > 0 and t.shape[0] == shape[0]
+        for t, i in zip(inputs, case.inputs, strict=True)
+    )
+    for rows in _edges(shape) if apart else [slice(None)]:
         cut = case.rows([t.detach() for t in inputs], rows)
         exact = [t.double().requires_grad_(i in wanted) for i, t in enumerate(cut)]
         start = rows.start or 0

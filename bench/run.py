@@ -31,6 +31,7 @@ from .measure import (
     last_level_cache,
     peak_bytes,
 )
+from .predict import H200, predict, table
 from .providers import PROVIDERS, Call, WrongAnswerError, as_tuple, build, check, timed_call
 from .report import Problem, Record, write
 from .steps import compare_steps
@@ -108,10 +109,12 @@ def measure_job(job: Job, setting: Setting) -> tuple[list[Record], list[Problem]
 
     by_hand = case.eager_bytes(job.shape) * job.dtype.itemsize // 4
     for provider, function in functions.items():
-        if provider != "fastvae" and by_hand > MOST_BYTES:
+        compiled = provider.startswith("compile")
+        may_fit = provider == "fastvae" or (compiled and device == "cuda")
+        if by_hand > MOST_BYTES and not may_fit:
             problems.append(job.problem(provider, f"skipped: one tensor of {by_hand / 1e9:.1f} GB"))
             continue
-        if provider.startswith("compile") and case.unrolls(job.shape):
+        if compiled and case.unrolls(job.shape):
             problems.append(
                 job.problem(provider, "skipped: it unrolls all steps, and takes minutes")
             )
@@ -173,10 +176,13 @@ def measure_job(job: Job, setting: Setting) -> tuple[list[Record], list[Problem]
     return records, problems
 
 
-def jobs(ops: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job]:
+def jobs(
+    ops: Sequence[str], dtypes: Sequence[str], quick: bool, device: str = "cpu"
+) -> Iterator[Job]:
     for case in (c for c in (*CASES, *COMPOSITIONS) if c.op in ops and c.bench):
         for dtype in (getattr(torch, d) for d in dtypes):
-            sizes = sorted(case.bench, key=math.prod)
+            on_device = device == "cuda" and case.device_bench
+            sizes = sorted(on_device or case.bench, key=math.prod)
             if quick:
                 sizes = [[s for s in sizes if math.prod(s) <= 2**17 or s == sizes[0]][-1]]
             for shape in sizes:
@@ -206,6 +212,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", action="store_true", help="whole training steps of a VAE with a flow, instead"
     )
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help=f"what a {H200.name} would take at its limits, instead; needs no GPU",
+    )
     parser.add_argument("--quick", action="store_true", help="one small size, few rounds")
     parser.add_argument("--out", type=Path, help="default bench/results/<date>-<device>")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -219,6 +230,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 message = f"--{option} must be of {', '.join(known)}, got {name}"
                 print(f"bench: {message}", file=sys.stderr)
                 sys.exit(2)
+    if args.predict:
+        return args
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda needs a GPU, and torch sees none", file=sys.stderr)
         sys.exit(2)
@@ -234,6 +247,16 @@ def _interrupt(*_: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    if args.predict:
+        todo = jobs(args.op, args.dtype, args.quick, "cuda")
+        print(
+            table(
+                predict(j.case, j.shape, j.dtype, j.mode)
+                for j in todo
+                if not j.tiny and j.case in CASES
+            )
+        )
+        return 0
     signal.signal(signal.SIGTERM, _interrupt)  # under `timeout`, what is measured is still written
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if args.device == "cpu" and args.threads > 1 and load + args.threads > cores + 0.5:
@@ -254,10 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting(args.device, args.threads, clock, rounds, cache, _git(), tuple(args.provider))
 
     if args.steps:
-        for comparison in compare_steps():
+        for comparison in compare_steps(args.device):
             print(comparison)
         return 0
-    todo = list(jobs(args.op, args.dtype, args.quick))
+    todo = list(jobs(args.op, args.dtype, args.quick, args.device))
     done: dict[Job, tuple[list[Record], list[Problem]]] = {}
     # The largest first: they tell most, should the time run out.
     for job in sorted(todo, key=lambda job: -math.prod(job.shape)):

@@ -30,26 +30,38 @@ def results(case: Case, inputs: list[Tensor], key: Tensor, reference: bool) -> l
     return [t.detach().cpu().double() for t in (*outputs, *grads)]
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """Rows that begin anywhere, and do not follow one another."""
+    if x.dim() == 0:
+        return x.clone()
+    return torch.cat([x.new_full((*x.shape[:-1], 1), torch.nan), x], -1)[..., 1:]
+
+
 def main() -> int:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     key, wrong = fastvae.random.key(7), 0
-    for case, (dtype, tolerance), shape in product(CASES, TOLERANCE.items(), SHAPES):
-        # one column too many, cut off: rows begin anywhere, and do not follow one another
-        wide = case.draw((shape[0], shape[1] + 1), dtype)
-        cut = [t.to(device)[..., 1:] if t.dim() > 1 else t.to(device) for t in wide]
-        layouts = {"sliced": cut, "contiguous": [t.contiguous() for t in cut]}
-        exact = [t.cpu().double() for t in cut]
-        for tensors in (exact, *layouts.values()):
-            for spec, tensor in zip(case.inputs, tensors, strict=True):
-                tensor.requires_grad_(not spec.data)
-        truths = results(case, exact, key, reference=True)
-        for layout, inputs in layouts.items():
-            values = results(case, inputs, key.to(device), reference=False)
-            for value, truth in zip(values, truths, strict=True):
-                error = (value - truth).abs().max().item()
-                if not error <= tolerance * max(1.0, truth.abs().max().item()):  # NaN is wrong
-                    print(f"{case.name} {dtype} {list(shape)} {layout}: off by {error:.2g}")
-                    wrong += 1
+    for case, shape in product(CASES, SHAPES):
+        if case.quadratic and shape[1] > 100:
+            continue  # it has a matrix a row
+        for dtype, tolerance in TOLERANCE.items():
+            tolerance = max(tolerance, 2 * case.rtol[dtype])
+            most = torch.finfo(dtype).max  # beyond which a half is infinite
+            inputs = case.draw(shape, dtype)
+            exact = [t.double() for t in inputs]
+            inputs = [t.to(device) for t in inputs]
+            layouts = {"contiguous": inputs, "sliced": [misaligned(t) for t in inputs]}
+            for tensors in (exact, *layouts.values()):
+                for spec, tensor in zip(case.inputs, tensors, strict=True):
+                    tensor.requires_grad_(not spec.data)
+            truths = results(case, exact, key, reference=True)
+            for layout, tensors in layouts.items():
+                values = results(case, tensors, key.to(device), reference=False)
+                for value, truth in zip(values, truths, strict=True):
+                    value, truth = value.clamp(-most, most), truth.clamp(-most, most)
+                    error = (value - truth).abs().max().item()
+                    if not error <= tolerance * max(1.0, truth.abs().max().item()):  # NaN is wrong
+                        print(f"{case.name} {dtype} {list(shape)} {layout}: off by {error:.2g}")
+                        wrong += 1
     print(f"sanitize: {wrong} wrong")
     return 1 if wrong else 0
 

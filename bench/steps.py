@@ -14,7 +14,8 @@ from fastvae import demo, models
 
 __all__ = ["FlowVAE", "compare_steps", "eager_elbo"]
 
-DATA, HIDDEN, LATENT, BATCH = 784, 400, 40, 128
+DATA, HIDDEN, LATENT = 784, 400, 40
+BATCH = {"cpu": 128, "cuda": 512}
 
 
 class FlowVAE(nn.Module):
@@ -60,12 +61,12 @@ def eager_elbo(model: FlowVAE, x: Tensor) -> Tensor:
     return demo.eager_bernoulli_log_prob(x, *model.vae.decode(z)) + log_prior - log_q
 
 
-def compare_steps() -> Iterator[demo.Comparison]:
+def compare_steps(device: str) -> Iterator[demo.Comparison]:
     """A step with fastvae's ops against one without, at each length of the flow."""
-    x = (torch.rand(BATCH, DATA) < 0.3).float()
+    x = (torch.rand(BATCH[device], DATA) < 0.3).float().to(device)
     for amortised in (False, True):
         for length in (16, 80):
-            model = FlowVAE(length, amortised)
+            model = FlowVAE(length, amortised).to(device)
             what = f"planar, K = {length}, {'each row its own' if amortised else 'shared'}"
             fused = demo.stepper(model, FlowVAE.elbo, x)
             yield demo.compare(what, fused, demo.stepper(model, eager_elbo, x))

@@ -95,6 +95,7 @@ class Case:
     bytes_forward: int | Callable[[Shape], int]
     # and forward + backward, of the inputs that are not data
     bytes_full: int | Callable[[Shape], int]
+    device_bench: tuple[Shape, ...] = ()  # on a GPU; default: the same
     sampled: bool = False  # takes key= and generator=
     # a sample of noise, and the noise in a sample, whose others are no one's to replay
     sample_from: Callable[..., Tensor] = lambda e, mu, log_var: mu + torch.exp(0.5 * log_var) * e
@@ -737,6 +738,7 @@ BASIC: tuple[Case, ...] = (
         eager=_eager_reparameterize_kl,
         distributions=_distributions_reparameterize_kl,
         bench=LATENT,
+        device_bench=((512, 64), (65536, 256)),
         bytes_forward=3,
         bytes_full=8,  # and read grad_z, mu, log_var; write grad_mu, grad_log_var
         sampled=True,
@@ -772,6 +774,7 @@ BASIC: tuple[Case, ...] = (
         eager=_eager_gaussian_kl,
         distributions=_distributions_gaussian_kl,
         bench=((128, 32), (1024, 512), (65536, 256)),
+        device_bench=((65536, 1024),),
         bytes_forward=2,
         bytes_full=6,
         settings=("log_var", 0.0),
@@ -795,6 +798,7 @@ BASIC: tuple[Case, ...] = (
         eager=_eager_gaussian_log_prob,
         distributions=lambda x, mu, log_var: _normal(mu, log_var).log_prob(x).sum(-1),
         bench=((128, 784), (4096, 256), (65536, 256)),
+        device_bench=((65536, 1024),),
         bytes_forward=3,
         bytes_full=8,
         settings=("log_var",),
@@ -808,6 +812,7 @@ BASIC: tuple[Case, ...] = (
             _d.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
         ),
         bench=((128, 784), (4096, 784)),
+        device_bench=((65536, 1024),),
         bytes_forward=2,
         bytes_full=5,
     ),
@@ -1033,6 +1038,7 @@ BASIC: tuple[Case, ...] = (
         eager=_eager_aggregate_posterior,
         distributions=None,
         bench=((512, 32), (1024, 32), (4096, 64)),
+        device_bench=((8192, 64),),
         bytes_forward=3,
         bytes_full=9,
         settings=(DATASET, "mss", False, "log_var"),
@@ -1128,6 +1134,7 @@ def _flow(
         eager=eager,
         distributions=None,
         bench=sizes,
+        device_bench=((65536, 64, 16),) if op != "householder_flow" else (),
         unrolls=lambda s: s[-1] > 32,
         settings=(inverse,),
         wired_as=f"{op}-inverse" if inverse and own_lines else "",
@@ -1187,6 +1194,7 @@ def _spline(inverse: bool = False, circular: bool = False) -> Case:
         eager=_eager_spline(tails, inverse),
         distributions=None,
         bench=() if circular else ((512, 64, 8),),
+        device_bench=((65536, 64, 8),),
         peers={}
         if circular
         else {

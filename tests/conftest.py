@@ -22,6 +22,20 @@ def device() -> str:
     return name
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where FASTVAE_TEST_DEVICE is no CPU, what asks for it; of FASTVAE_TEST_SHARD=2/8 a part."""
+    chosen = items
+    if os.environ.get("FASTVAE_TEST_DEVICE", "cpu") != "cpu":
+        chosen = [item for item in chosen if "device" in getattr(item, "fixturenames", ())]
+    if shard := os.environ.get("FASTVAE_TEST_SHARD"):
+        first, step = map(int, shard.split("/"))
+        chosen = chosen[first::step]
+    if len(chosen) < len(items):
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = chosen
+
+
 @pytest.fixture
 def threads():
     """Set the number of threads for one test: ``threads(4)``."""

@@ -260,3 +260,33 @@ def test_occupancy_of_a_source(package, tmp_path):
     wide = [k for k in kernels if k["name"].startswith("sweep_kernel<GaussianKl")]
     assert wide
     assert all(k["loads"].startswith("128") for k in wide if "float, float" in k["name"])
+
+
+def test_the_check_knows_what_rows_share(package):
+    """The gradient of shared parameters is a sum over all rows, not over those at the ends."""
+    _, providers, _ = package
+    case = next(c for c in CASES if c.name == "planar_flow")
+    inputs = case.draw_sizes((9000, 64, 2), requires_grad=True)
+    grads = [torch.ones(9000, 64), torch.ones(9000)]
+    assert providers.check(case, "fastvae", case.fastvae, inputs, grads) > 0
+
+
+def test_predictions_count_bytes_and_operations(package):
+    from bench.predict import H200, operations, predict
+
+    case = next(c for c in CASES if c.name == "gaussian_log_prob")
+    p = predict(case, (1 << 16, 1 << 10), torch.bfloat16, "full")
+    assert p.bytes == 8 * 2**26 * 2 + 2 * 2**16 * 4
+    assert (p.bound, p.seconds) == ("memory", p.bytes / H200.bandwidth)
+    assert predict(case, (4, 8), torch.float32, "forward").bound == "launches"
+    # Of a planar step, forward: D (w z + b, u tanh) and what a row and a step cost.
+    case = next(c for c in CASES if c.name == "planar_flow")
+    few, many = (operations(case, (100, 1000, k), "forward") for k in (1, 11))
+    assert 0.9 * 4e5 <= (many - few) / 10 <= 1.1 * 4e5
+
+
+def test_predictions_print_without_a_gpu():
+    ran = bench("--predict", "--op", "bernoulli_log_prob", "--dtype", "float32", "bfloat16")
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) == 5
+    assert "bernoulli_log_prob 65536x1024 bfloat16 full" in ran.stdout

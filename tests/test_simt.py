@@ -1381,13 +1381,18 @@ def spline(
 def test_splines(program: Path, inverse: bool, circular: bool, dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     bound = 2.53  # which no input is
-    for rows, bins, columns, sliced in ((1, 1, 1, False), (67, 4, 3, True), (5, 7, 70, False)):
+    # More numbers than a warp stages; and some that do not lie side by side.
+    layouts = ((1, 1, 1, "own"), (67, 4, 3, "sliced"), (5, 7, 70, "own"), (9, 16, 33, "sliced"))
+    for rows, bins, columns, layout in (*layouts, (9, 17, 5, "own"), (3, 5, 40, "apart")):
         g = torch.Generator().manual_seed(columns)
         slopes = bins if circular else bins - 1
         numbers = torch.randn(rows, columns, 2 * bins + slopes, generator=g, dtype=torch.float64)
         x = 2 * torch.randn(rows, columns, generator=g, dtype=torch.float64)
         inputs = [x.to(dtype), *numbers.to(dtype).split([bins, bins, slopes], -1)]
-        inputs[1:] = inputs[1:] if sliced else [n.contiguous() for n in inputs[1:]]
+        if layout == "own":
+            inputs[1:] = [n.contiguous() for n in inputs[1:]]
+        elif layout == "apart":
+            inputs[1:] = [n.mT.contiguous().mT for n in inputs[1:]]
         exact = [n.double().requires_grad_() for n in inputs]
         outputs = spline(*exact, inverse, circular, bound)
         grads = [torch.randn(rows, columns, generator=g).to(dtype)]
