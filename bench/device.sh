@@ -89,12 +89,12 @@ part_tests() { # what only a device can show; then all that runs on any, in seve
   local i code status=0 pids=() log shards=8
   local pytest=(env FASTVAE_TEST_DEVICE=cuda "${safe[@]:1}" "$python" -m pytest -q
     -p no:cacheprovider --tb=short --maxfail=10)
-  run 40 "${pytest[@]}" tests/test_cuda.py || status=$?
+  run 30 "${pytest[@]}" tests/test_cuda.py || status=$?
   # Those that ask for the device: what they import must be there.
   local tests
   mapfile -t tests < <(grep -lE '^def test.*\<device\>' tests/test_*.py)
   for ((i = 0; i < shards; ++i)); do
-    run 100 env "FASTVAE_TEST_SHARD=$i/$shards" OMP_NUM_THREADS=2 "${pytest[@]:1}" "${tests[@]}" \
+    run 90 env "FASTVAE_TEST_SHARD=$i/$shards" OMP_NUM_THREADS=2 "${pytest[@]:1}" "${tests[@]}" \
       > "$prefix/tests-$i.log" 2>&1 &
     pids+=($!)
   done
@@ -112,7 +112,7 @@ part_sanitize() { # all tools at once: they are not timed
   local sanitizer tool status=0
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null \
     | tail -n 1)
-  run 30 "${safe[@]}" "$python" bench/sanitize.py cuda || return
+  run 25 "${safe[@]}" "$python" bench/sanitize.py cuda 15 || return
   if [[ -z $sanitizer ]]; then
     echo "skipped: no compute-sanitizer here"
     (( dry )) || return 77
@@ -122,9 +122,9 @@ part_sanitize() { # all tools at once: they are not timed
   for tool in memcheck racecheck initcheck synccheck; do
     # Uncached, so that an access past the end of a tensor leaves its allocation. Torch's own
     # kernels run unwatched.
-    run 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=4 "${safe[@]:1}" "$sanitizer" --tool "$tool" \
+    run 65 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=4 "${safe[@]:1}" "$sanitizer" --tool "$tool" \
       --kernel-name kernel_substring=fastvae --error-exitcode 9 --print-limit 20 \
-      "$python" bench/sanitize.py cuda > "$prefix/$tool.log" 2>&1 &
+      "$python" bench/sanitize.py cuda 50 > "$prefix/$tool.log" 2>&1 &
     pids+=($!)
   done
   local i=0 code
@@ -143,8 +143,15 @@ part_sanitize() { # all tools at once: they are not timed
 }
 
 part_bench() { # ended early, it still writes what it has
-  run 170 env "PYTHONPATH=$site" "$python" -m bench --device cuda --out "$out" \
-    ${bench_arguments[@]+"${bench_arguments[@]}"}
+  local bench=(env "PYTHONPATH=$site" "$python" -m bench --device cuda)
+  if (( ${#bench_arguments[@]} )); then
+    run 170 "${bench[@]}" --out "$out" "${bench_arguments[@]}"
+    return
+  fi
+  run 20 "${bench[@]}" --predict
+  run 130 "${bench[@]}" --out "$out" --dtype float32 bfloat16
+  local code=$?
+  run 40 "${bench[@]}" --steps && return $code
 }
 
 dry_compile() {

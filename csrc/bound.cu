@@ -9,11 +9,11 @@
 namespace fastvae::cuda {
 
 template <class F, class T, class Stored>
-__global__ void __launch_bounds__(kSmallBlock, 1) reduce_kernel(const Sweep s) {
+__global__ void __launch_bounds__(kBlock, 1) reduce_kernel(const Sweep s) {
   using R = typename F::Reduction;
   const int64_t stride = s.inputs[0].column_stride;
-  for (int64_t row = blockIdx.x * int64_t{kSmallBlock} + threadIdx.x; row < s.rows();
-       row += gridDim.x * int64_t{kSmallBlock}) {
+  for (int64_t row = blockIdx.x * int64_t{kBlock} + threadIdx.x; row < s.rows();
+       row += gridDim.x * int64_t{kBlock}) {
     const int64_t outer = row / s.inner, inner = row - outer * s.inner;
     const auto at = [&](const Operand& x) {
       return outer * x.outer_stride + inner * x.inner_stride;
@@ -54,10 +54,9 @@ template <class F, class T, class Stored>
 const char* reduce_rows(const Sweep& sweep, cudaStream_t stream) {
   if (sweep.rows() == 0) return nullptr;
   if (F::shape.outputs > 0 && gradient_of(sweep).data == nullptr) return nullptr;  // not wanted
-  const int64_t blocks =
-      std::min<int64_t>(kMaxBlocks, (sweep.rows() + kSmallBlock - 1) / kSmallBlock);
+  const int64_t blocks = std::min<int64_t>(kMaxBlocks, (sweep.rows() + kBlock - 1) / kBlock);
   const auto kernel = reduce_kernel<F, T, Stored>;
-  FASTVAE_LAUNCH(kernel, blocks, kSmallBlock, stream, sweep);
+  FASTVAE_LAUNCH(kernel, blocks, kBlock, stream, sweep);
   return launch_error();
 }
 

@@ -120,7 +120,7 @@ __device__ __forceinline__ void draw_scores(const Row& row, int input, const Slo
 }
 
 template <class F, class T, class Stored>
-__global__ void __launch_bounds__(kMaxThreads, 1) gumbel_kernel(const Plan plan) {
+__global__ void __launch_bounds__(kBlock, 3) gumbel_kernel(const Plan plan) {
   constexpr int P = kPack<Stored>;
   constexpr bool kHard = std::is_same_v<F, GumbelOneHot::Forward>;
   constexpr bool kBackward = F::shape.inputs == 2;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gumbel_kernel(const Plan plan)
 // ---- KL divergences ---------------------------------------------------------------------------
 
 template <class F, class T, class Stored>
-__global__ void __launch_bounds__(kMaxThreads, 1) kl_kernel(const Plan plan) {
+__global__ void __launch_bounds__(kBlock, 3) kl_kernel(const Plan plan) {
   constexpr int P = kPack<Stored>;
   constexpr bool kPrior = F::shape.inputs == 2, kBackward = F::shape.outputs > 0;
   const int team = plan.team;
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) kl_kernel(const Plan plan) {
 // ---- log-probabilities ------------------------------------------------------------------------
 
 template <class F, class T, class Stored>
-__global__ void __launch_bounds__(kMaxThreads, 1) log_prob_kernel(const Plan plan) {
+__global__ void __launch_bounds__(kBlock, 3) log_prob_kernel(const Plan plan) {
   constexpr int P = kPack<Stored>;
   constexpr bool kBackward = F::shape.outputs > 0;
   const int team = plan.team;
@@ -398,7 +398,7 @@ Plan plan_rows(Sweep sweep) {
   const int64_t packs = (touched + P - 1) / P;
   if (packs > kWarp) {
     plan.team = plan.threads =
-        static_cast<int>(std::min<int64_t>(kMaxThreads, (packs + kWarp - 1) / kWarp * kWarp));
+        static_cast<int>(std::min<int64_t>(kBlock, (packs + kWarp - 1) / kWarp * kWarp));
   }
   return plan;
 }

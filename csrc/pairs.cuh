@@ -51,7 +51,7 @@ __device__ __forceinline__ double warp_max(double x) {
 
 // A warp to a component.
 template <class T>
-__global__ void __launch_bounds__(kSmallBlock, kResident) prepare_kernel(const PairPlan<T> plan) {
+__global__ void __launch_bounds__(kBlock, kResident) prepare_kernel(const PairPlan<T> plan) {
   const Pairing& p = plan.p;
   for (int64_t k = first_warp(); k < p.components; k += warps_in_grid()) {
     double sum = 0;
@@ -105,8 +105,7 @@ __device__ __forceinline__ T finite_or_zero(T x) {
 
 // A warp to a row.
 template <class T, bool kMarginals>
-__global__ void __launch_bounds__(kSmallBlock, kResident)
-    pairs_forward_kernel(const PairPlan<T> plan) {
+__global__ void __launch_bounds__(kBlock, kResident) pairs_forward_kernel(const PairPlan<T> plan) {
   const Pairing& p = plan.p;
   const int lane = warp_lane();
   for (int64_t row = first_warp(); row < p.rows; row += warps_in_grid()) {
@@ -166,8 +165,7 @@ __global__ void __launch_bounds__(kSmallBlock, kResident)
 
 // A warp to a row, whose d_z it sums, or to a component.
 template <Owner kOwner, class T, bool kMarginals>
-__global__ void __launch_bounds__(kSmallBlock, kResident)
-    pairs_backward_kernel(const PairPlan<T> plan) {
+__global__ void __launch_bounds__(kBlock, kResident) pairs_backward_kernel(const PairPlan<T> plan) {
   constexpr bool kRowsOwn = kOwner == Owner::kRows;
   const Pairing& p = plan.p;
   const int lane = warp_lane();
@@ -254,7 +252,7 @@ __global__ void __launch_bounds__(kSmallBlock, kResident)
 // ---- the launch -------------------------------------------------------------------------------
 
 inline int64_t blocks_for_warps(int64_t warps) {
-  constexpr int64_t kWarps = kSmallBlock / kWarp;
+  constexpr int64_t kWarps = kBlock / kWarp;
   return std::min<int64_t>(kMaxBlocks, (warps + kWarps - 1) / kWarps);
 }
 
@@ -263,21 +261,21 @@ const char* run_pairs(const Pairing& p, bool backward, cudaStream_t stream) {
   const PairPlan<T> plan(p);
   if (p.components > 0) {
     const auto prepare = prepare_kernel<T>;
-    FASTVAE_LAUNCH(prepare, blocks_for_warps(p.components), kSmallBlock, stream, plan);
+    FASTVAE_LAUNCH(prepare, blocks_for_warps(p.components), kBlock, stream, plan);
   }
   if (!backward) {
     const auto kernel = pairs_forward_kernel<T, kMarginals>;
-    if (p.rows > 0) FASTVAE_LAUNCH(kernel, blocks_for_warps(p.rows), kSmallBlock, stream, plan);
+    if (p.rows > 0) FASTVAE_LAUNCH(kernel, blocks_for_warps(p.rows), kBlock, stream, plan);
     return launch_error();
   }
   if (p.d_z != nullptr && p.rows > 0) {
     const auto kernel = pairs_backward_kernel<Owner::kRows, T, kMarginals>;
-    FASTVAE_LAUNCH(kernel, blocks_for_warps(p.rows), kSmallBlock, stream, plan);
+    FASTVAE_LAUNCH(kernel, blocks_for_warps(p.rows), kBlock, stream, plan);
   }
   const bool wanted = p.d_mu != nullptr || p.d_log_var != nullptr || p.d_log_weights != nullptr;
   if (wanted && p.components > 0) {
     const auto kernel = pairs_backward_kernel<Owner::kComponents, T, kMarginals>;
-    FASTVAE_LAUNCH(kernel, blocks_for_warps(p.components), kSmallBlock, stream, plan);
+    FASTVAE_LAUNCH(kernel, blocks_for_warps(p.components), kBlock, stream, plan);
   }
   return launch_error();
 }

@@ -15,7 +15,7 @@
 //   columns (float)   team                          reduction of the row sum
 //   up to 4           a thread, 128 rows a block    none
 //   up to 256         2 to 32 threads of one warp   shuffles
-//   more              a block of up to 384          shuffles, then one exchange in shared memory
+//   more              a block of up to 128          shuffles, then one exchange in shared memory
 // Very long rows are cut into segments, each a unit of work for a block of its own: always where
 // there is nothing to sum; for sums, if the caller lends memory for the partial sums, which a
 // second kernel adds. Where nothing is said of rows at all and they follow one another without a
@@ -53,8 +53,7 @@
 namespace fastvae::cuda {
 
 inline constexpr int kWarp = 32;
-inline constexpr int kMaxThreads = 384;     // a block, see kMinBlocks
-inline constexpr int kSmallBlock = 128;     // where rows are narrow: more blocks, more SMs at work
+inline constexpr int kBlock = 128;          // threads: small, so that registers divide well
 inline constexpr int kMaxBlocks = 1 << 16;  // several waves on any device; blocks stride from there
 
 // ---- packs ------------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ __device__ __forceinline__ T warp_sum(T x, int width) {
 
 // A number for each warp of the block, for exchanges between them.
 __device__ inline double* block_memory() {
-  __shared__ double memory[kMaxThreads / kWarp];
+  __shared__ double memory[kBlock / kWarp];
   return memory;
 }
 
@@ -221,19 +220,18 @@ struct Plan {
   unsigned packed_inputs = 0, packed_outputs = 0;  // bit k: operand k goes a pack at a time
 };
 
-// Full blocks that fit on a multiprocessor at once, which caps the registers of a thread. Two, at
-// 80 registers, so that enough loads are in flight; one where each thread has six packs or more on
-// their way itself, in or out, or computes in double.
+// Blocks that fit on a multiprocessor at once, at least, which caps the registers of a thread. Six,
+// at 80 registers, so that enough loads are in flight; three where each thread has six packs or
+// more on their way itself, in or out, or computes in double; two of what takes all there are.
 template <class T, Shape S>
 inline constexpr int kMinBlocks =
-    S.inputs + S.outputs < 6 && sizeof(T) == 4 && !S.many_registers ? 2 : 1;
-template <class T, Shape S>
-inline constexpr int kMostThreads = S.many_registers && sizeof(T) == 8 ? 256 : kMaxThreads;
+    S.many_registers && sizeof(T) == 8                                ? 2
+    : S.inputs + S.outputs < 6 && sizeof(T) == 4 && !S.many_registers ? 6
+                                                                      : 3;
 
 // Grid-stride over units = rows x segments; `team` threads to a unit.
 template <class F, class T, class Stored>
-__global__ void __launch_bounds__((kMostThreads<T, F::shape>), (kMinBlocks<T, F::shape>))
-    sweep_kernel(const Plan plan) {
+__global__ void __launch_bounds__(kBlock, (kMinBlocks<T, F::shape>)) sweep_kernel(const Plan plan) {
   constexpr Shape S = F::shape;
   constexpr int P = kPack<Stored>;
   const Sweep& s = plan.sweep;
@@ -351,7 +349,7 @@ __global__ void __launch_bounds__((kMostThreads<T, F::shape>), (kMinBlocks<T, F:
 
 // row_sum[r] = the sum of partial_sums[r, :], a warp to a row.
 template <class T>
-__global__ void __launch_bounds__(kSmallBlock)
+__global__ void __launch_bounds__(kBlock)
     add_segments_kernel(const double* partial_sums, int64_t rows, int64_t segments, T* row_sum) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warps = static_cast<int>(blockDim.x) / kWarp;
@@ -424,10 +422,10 @@ Plan plan(const Sweep& sweep) {
   if (packs <= 2 * kWarp) {  // up to two packs a thread: cheaper than a block's barriers
     plan.team = 1;
     while (plan.team < packs && plan.team < kWarp) plan.team *= 2;
-    plan.threads = kSmallBlock;
+    plan.threads = kBlock;
   } else {
-    plan.team = plan.threads = static_cast<int>(
-        std::min<int64_t>(kMostThreads<T, S>, (packs + kWarp - 1) / kWarp * kWarp));
+    plan.team = plan.threads =
+        static_cast<int>(std::min<int64_t>(kBlock, (packs + kWarp - 1) / kWarp * kWarp));
   }
   return plan;
 }
@@ -451,7 +449,7 @@ const char* sweep_rows(const Sweep& sweep, cudaStream_t stream) {
   FASTVAE_LAUNCH(kernel, blocks_for(units, plan.threads / plan.team), plan.threads, stream, plan);
   if (S.row_sums > 0 && plan.segments > 1) {
     const auto add_segments = add_segments_kernel<T>;
-    FASTVAE_LAUNCH(add_segments, blocks_for(sweep.rows(), kSmallBlock / kWarp), kSmallBlock, stream,
+    FASTVAE_LAUNCH(add_segments, blocks_for(sweep.rows(), kBlock / kWarp), kBlock, stream,
                    sweep.partial_sums, sweep.rows(), plan.segments, static_cast<T*>(sweep.row_sum));
   }
   return launch_error();
