@@ -105,10 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_count, metavar="N", help=f"default: {default.batch_size}")
     add("--lr", type=_positive, help=f"Adam's first learning rate; default: {default.lr:g}")
     add("--clip-norm", type=_positive, metavar="X", help="clip gradients; default: off")
-    add("--latent-dim", type=_width, metavar="N", help="size of z; default: 50")
+    add("--latent-dim", type=_width, metavar="N", help="size of z; default: 50, or 10 factors")
     add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
-    posteriors = ("gaussian", *models.POSTERIORS)
-    add("--posterior", choices=posteriors, help="of z given x; default: gaussian")
+    posteriors = ("gaussian", *models.POSTERIORS, *models.factor_analysis.POSTERIORS)
+    add("--posterior", choices=posteriors, help="of z given x; default: the model's own")
     add("--flow-length", type=_count, metavar="K", help="steps of a flow; default: its own")
     add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
     add = train_parser.add_argument_group("how long, where, and what comes out").add_argument
@@ -234,7 +234,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         config = {k: v for k in _CONFIG if (v := getattr(args, k)) is not None}
         if args.flow_length is not None and args.posterior in (None, "gaussian"):
             raise _UsageError("--flow-length is for a flow; take one with --posterior")
-        trainer = train.Trainer(args.model, config, dataset, settings, device)
+        try:
+            trainer = train.Trainer(args.model, config, dataset, settings, device)
+        except ValueError as error:  # of options that are not for this model
+            raise _UsageError(str(error)) from error
     epochs = args.epochs or (None if args.minutes else 100)
     again = [*argv, *["--resume"] * (not args.resume)]
     return _run(trainer, args.out, epochs, args.minutes, args.importance_samples, again)

@@ -306,7 +306,7 @@ class Evaluation:
     Attributes:
         elbo, recon, kl: the means over the test set.
         log_likelihood: the mean importance-sampled log p(x), or None if not asked for.
-        num_samples: K of ``log_likelihood``.
+        num_samples: K of ``log_likelihood``; 0 if it is exact.
         images: the number of test images.
     """
 
@@ -323,9 +323,10 @@ class Evaluation:
             f"(reconstruction {self.recon:.2f}, KL {self.kl:.2f})"
         ]
         if self.log_likelihood is not None:
+            how = f"importance-sampled, K = {self.num_samples}" if self.num_samples else "exact"
             lines.append(
                 f"test log-likelihood  {self.log_likelihood:9.2f} nats   "
-                f"(importance-sampled, K = {self.num_samples}, all {self.images} images)"
+                f"({how}, all {self.images} images)"
             )
         return "\n".join(lines)
 
@@ -363,7 +364,8 @@ def evaluate(
         )
         log_p = [model.log_likelihood(x.float(), num_samples, generator=generator) for x in bar]
         log_likelihood = float(torch.cat(log_p).double().mean())
-    return Evaluation(elbo, recon, kl, log_likelihood, num_samples, len(test))
+    samples = 0 if model.exact else num_samples
+    return Evaluation(elbo, recon, kl, log_likelihood, samples, len(test))
 
 
 def picture(

@@ -9,12 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from .base import LIKELIHOODS, Elbo, Likelihood, Model
+from .factor_analysis import FactorAnalysis
 from .posterior import POSTERIORS
 from .vae import VAE
 
-__all__ = ["LIKELIHOODS", "MODELS", "POSTERIORS", "VAE", "Elbo", "Likelihood", "Model", "build"]
+__all__ = [
+    "LIKELIHOODS",
+    "MODELS",
+    "POSTERIORS",
+    "VAE",
+    "Elbo",
+    "FactorAnalysis",
+    "Likelihood",
+    "Model",
+    "build",
+]
 
-MODELS: dict[str, type[Model]] = {"vae": VAE}
+MODELS: dict[str, type[Model]] = {"vae": VAE, "factor-analysis": FactorAnalysis}
 
 
 def build(name: str, config: dict[str, Any]) -> Model:

@@ -48,9 +48,11 @@ class Model(nn.Module, ABC):
 
     Attributes:
         config: the arguments that build it again, as JSON can hold them.
+        exact: whether :meth:`log_likelihood` is no estimate.
     """
 
     config: dict[str, Any]
+    exact = False  # whether log_likelihood is no estimate
 
     @abstractmethod
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:

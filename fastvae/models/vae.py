@@ -43,7 +43,7 @@ class VAE(Model):
         hidden: the widths of the encoder's hidden layers; the decoder has them in reverse.
         likelihood: of x in [0, 1]: ``"bernoulli"``, or ``"gaussian"`` with a predicted variance.
         posterior: ``"gaussian"``; or its samples moved by a flow: ``"planar"``, ``"radial"``,
-            ``"householder"``, ``"iaf"``, ``"realnvp"`` or ``"nsf"``.
+            ``"householder"``, ``"sylvester"``, ``"iaf"``, ``"realnvp"`` or ``"nsf"``.
         flow_length: the steps of the flow; default: 16, planar and radial, 4, or, of nsf, 2.
 
     Raises:
