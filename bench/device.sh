@@ -149,7 +149,7 @@ part_bench() { # ended early, it still writes what it has
     return
   fi
   run 20 "${bench[@]}" --predict
-  run 130 "${bench[@]}" --out "$out" --dtype float32 bfloat16
+  run 120 "${bench[@]}" --out "$out" --dtype float32 bfloat16
   local code=$?
   run 40 "${bench[@]}" --steps && return $code
 }
