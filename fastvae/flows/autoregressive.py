@@ -41,6 +41,15 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 MAX_LAYERS = 32  # of the kernel
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether autocast, forward mode or a transform of functions makes something else of a call."""
+    return (
+        torch.is_autocast_enabled(x.device.type)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 class MaskedLinear(nn.Linear):
     """An affine map in which some weights are taken for zeros."""
 
@@ -158,9 +167,7 @@ class MADE(nn.Module):
             or (isinstance(act, nn.ELU) and act.alpha != 1.0)
             or (isinstance(act, nn.LeakyReLU) and act.negative_slope != 0.01)
             or len(layers) > MAX_LAYERS
-            or torch.is_autocast_enabled(z.device.type)
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
+            or is_transformed(z)
             or self.wants_gradient(z, context)
         ):
             return None
@@ -445,9 +452,7 @@ class Autoregressive(TwoWay):
         return (
             type(self.element) in (Affine, Spline)
             and type(self.conditioner.activation) in ACTIVATIONS
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
+            and not is_transformed(x)
             and not torch.compiler.is_compiling()
         )
 

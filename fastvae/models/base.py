@@ -49,10 +49,12 @@ class Model(nn.Module, ABC):
     Attributes:
         config: the arguments that build it again, as JSON can hold them.
         exact: whether :meth:`log_likelihood` is no estimate.
+        latent_dim: the size of z.
     """
 
     config: dict[str, Any]
     exact = False  # whether log_likelihood is no estimate
+    latent_dim: int
 
     @abstractmethod
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
@@ -68,6 +70,13 @@ class Model(nn.Module, ABC):
         generator: Generator | None = None,
     ) -> Tensor:
         """An importance-sampled estimate of log p(x), in nats, ``[B]``."""
+
+    def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
+        """``n`` draws of z from N(0, I), where and as the parameters are, ``[n, latent_dim]``."""
+        like = next(self.parameters())
+        return torch.randn(
+            n, self.latent_dim, generator=generator, dtype=like.dtype, device=like.device
+        )
 
     @abstractmethod
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:

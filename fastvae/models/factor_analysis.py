@@ -183,9 +183,7 @@ class FactorAnalysis(Model):
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """Draws of x, with their noise, ``[n, D]``."""
         offset, loading, log_var = self.decode(self.theta)
-        z = torch.randn(
-            n, self.latent_dim, generator=generator, dtype=offset.dtype, device=offset.device
-        )
+        z = self.sample_prior(n, generator=generator)
         return reparameterize(offset + z @ loading.mT, log_var.expand(n, -1), generator=generator)
 
     @torch.no_grad()

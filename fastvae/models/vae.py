@@ -188,14 +188,7 @@ class VAE(Model):
         >>> model.sample(9).shape
         torch.Size([9, 784])
         """
-        parameter = next(self.parameters())
-        z = torch.randn(
-            n,
-            self.latent_dim,
-            generator=generator,
-            device=parameter.device,
-            dtype=parameter.dtype,
-        )
+        z = self.sample_prior(n, generator=generator)
         return self.likelihood.mean(*self.decode(z))
 
     @torch.no_grad()
