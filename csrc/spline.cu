@@ -14,7 +14,6 @@
 
 namespace fastvae::cuda {
 
-inline constexpr int kSplineBlock = 128;
 template <class T>
 inline constexpr int kSplineBlocks = sizeof(T) == 8 ? 3 : 4;  // at once on a multiprocessor
 inline constexpr int kMostStaged = 16;      // numbers of an element, in shared memory
@@ -164,7 +163,7 @@ template <class T, class Stored, bool kStaged>
 struct Desk {
   using From = std::conditional_t<kStaged, T, const Stored>;
   using To = std::conditional_t<kStaged, T, Stored>;
-  static constexpr int kNumbers = kStaged ? 2 * kTile * (kSplineBlock / kWarp) : 1;
+  static constexpr int kNumbers = kStaged ? 2 * kTile * (kBlock / kWarp) : 1;
 
   T* memory;  // of the block, kNumbers
 
@@ -197,7 +196,7 @@ struct Desk {
 };
 
 template <class T, class Stored, bool kStaged>
-__global__ void __launch_bounds__(kSplineBlock, kSplineBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kSplineBlocks<T>)
     spline_forward_kernel(const SplineSweep s, int threads) {
   using OnDesk = Desk<T, Stored, kStaged>;
   __shared__ T memory[OnDesk::kNumbers];
@@ -240,7 +239,7 @@ __device__ __forceinline__ void spread(const Shares<T, From>& shares, bool outsi
 }
 
 template <class T, class Stored, bool kStaged>
-__global__ void __launch_bounds__(kSplineBlock, kSplineBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kSplineBlocks<T>)
     spline_backward_kernel(const SplineSweep s, int threads) {
   using OnDesk = Desk<T, Stored, kStaged>;
   using To = Numbers<T, typename OnDesk::To>;
@@ -295,11 +294,11 @@ template <class T, class Stored, bool kStaged>
 const char* run_spline(const SplineSweep& s, cudaStream_t stream) {
   int threads = 1;  // to a row
   while (threads < kWarp && threads < s.columns) threads *= 2;
-  const int64_t rows = kSplineBlock / threads;  // of a block
+  const int64_t rows = kBlock / threads;  // of a block
   const int64_t blocks = std::min<int64_t>(kMaxBlocks, (s.rows + rows - 1) / rows);
   const auto kernel = s.y != nullptr ? spline_forward_kernel<T, Stored, kStaged>
                                      : spline_backward_kernel<T, Stored, kStaged>;
-  FASTVAE_LAUNCH(kernel, blocks, kSplineBlock, stream, s, threads);
+  FASTVAE_LAUNCH(kernel, blocks, kBlock, stream, s, threads);
   return launch_error();
 }
 
