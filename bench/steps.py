@@ -23,7 +23,7 @@ class FlowVAE(nn.Module):
 
     def __init__(self, length: int, amortised: bool) -> None:
         super().__init__()
-        posterior = {"posterior": "planar", "flow_length": length} if amortised else {}
+        posterior = {"posterior": "planar", "posterior_size": length} if amortised else {}
         self.vae = models.VAE(DATA, LATENT, (HIDDEN,), **posterior)
         self.flow = None if amortised else fastvae.flows.Planar(LATENT, length)
 

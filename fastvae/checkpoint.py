@@ -34,6 +34,7 @@ class Settings:
     batch_size: int = 100
     lr: float = 2e-3
     clip_norm: float | None = None
+    warmup: int = 0  # epochs in which the weight of the KL divergence rises to 1
     seed: int = 0
 
 

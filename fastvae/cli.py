@@ -31,7 +31,12 @@ exit codes:
   130  stopped by Ctrl-C; training then writes its checkpoint and says how to go on
 """
 _CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "picture.png"
-_CONFIG = ("latent_dim", "hidden", "posterior", "flow_length")  # the options that are the model's
+# the options that are the model's, and those that are the training's
+_CONFIG = (
+    "latent_dim", "layers", "hidden", "activation", "posterior", "posterior_size", "prior",
+    "prior_size", "objective", "num_samples", "beta", "free_bits",
+)  # fmt: skip
+_SETTINGS = ("data", "batch_size", "lr", "clip_norm", "warmup", "seed")
 
 
 class _UsageError(Exception):
@@ -100,16 +105,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", type=Path, help="folder of the data sets; default: $FASTVAE_DATA or the cache")
     add("--download", action="store_true", help="fetch the files first (mnist only)")
     add = train_parser.add_argument_group(
+        "the model; what is not given is its own, and a resumed run keeps all"
+    ).add_argument
+    add("--latent-dim", type=_width, metavar="N", help="size of z, factors, or classes")
+    add("--layers", type=_count, metavar="L", help="of a dlgm, each with a z of its own")
+    add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
+    add("--activation", choices=list(models.ACTIVATIONS), help="default: tanh")
+    posteriors = (*models.POSTERIORS, *models.factor_analysis.POSTERIORS)
+    add("--posterior", choices=list(dict.fromkeys(posteriors)), help="of z given x")
+    add("--posterior-size", type=_count, metavar="K", help="its rank, components or steps")
+    add("--prior", choices=["standard", *models.PRIORS], help="of z")
+    add("--prior-size", type=_count, metavar="K", help="its components, pseudo-inputs or steps")
+    objectives = (*models.OBJECTIVES, *models.naive_bayes.OBJECTIVES)
+    add("--objective", choices=list(dict.fromkeys(objectives)), help="what is maximised")
+    add("--num-samples", type=_count, metavar="K", help="of an objective of many samples")
+    add("--beta", type=_positive, metavar="X", help="of the objectives beta and tc")
+    add("--free-bits", type=_positive, metavar="X", help="nats for each dimension of z")
+    add = train_parser.add_argument_group(
         "what decides the course; a resumed run keeps it"
     ).add_argument
     add("--batch-size", type=_count, metavar="N", help=f"default: {default.batch_size}")
     add("--lr", type=_positive, help=f"Adam's first learning rate; default: {default.lr:g}")
     add("--clip-norm", type=_positive, metavar="X", help="clip gradients; default: off")
-    add("--latent-dim", type=_width, metavar="N", help="size of z; default: 50, or 10 factors")
-    add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
-    posteriors = ("gaussian", *models.POSTERIORS, *models.factor_analysis.POSTERIORS)
-    add("--posterior", choices=posteriors, help="of z given x; default: the model's own")
-    add("--flow-length", type=_count, metavar="K", help="steps of a flow; default: its own")
+    add("--warmup", type=_count, metavar="N", help="epochs in which the KL's weight rises to 1")
     add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
     add = train_parser.add_argument_group("how long, where, and what comes out").add_argument
     add(
@@ -197,7 +215,7 @@ def _device(name: str | None) -> str:
 def _check_same(args: argparse.Namespace, header: checkpoint.Header) -> None:
     """Options that were given must be those of the run that goes on."""
     stored = {"model": header.model, **header.config, **vars(header.settings)}
-    for name in ("model", "data", "batch_size", "lr", "clip_norm", "seed", *_CONFIG):
+    for name in ("model", *_SETTINGS, *_CONFIG):
         given = getattr(args, name)
         if given is not None and given != stored.get(name):
             option = name if name == "model" else "--" + name.replace("_", "-")
@@ -220,8 +238,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         args.data = header.settings.data
     elif path.exists():
         raise _UsageError(f"{path} exists; pass --resume to go on with it, or another --out")
-    given = ("data", "batch_size", "lr", "clip_norm", "seed")
-    settings = Settings(**{k: v for k in given if (v := getattr(args, k)) is not None})
+    settings = Settings(**{k: v for k in _SETTINGS if (v := getattr(args, k)) is not None})
     device = _device(args.device or (header.device if header else None))
     if args.download:
         if settings.data != "mnist":
@@ -232,8 +249,6 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         trainer = train.Trainer.resume(path, dataset, device)
     else:
         config = {k: v for k in _CONFIG if (v := getattr(args, k)) is not None}
-        if args.flow_length is not None and args.posterior in (None, "gaussian"):
-            raise _UsageError("--flow-length is for a flow; take one with --posterior")
         try:
             trainer = train.Trainer(args.model, config, dataset, settings, device)
         except ValueError as error:  # of options that are not for this model

@@ -102,7 +102,7 @@ class Trainer:
         return math.ceil(len(self.data.train) / self.settings.batch_size)
 
     def train_step(self) -> tuple[float, float, float]:
-        """One step of Adam; returns the means of the minibatch's ELBO and of its terms.
+        """One step of Adam; returns the means of the minibatch's objective and of its terms.
 
         Raises:
             TrainingDiverged: if the loss is NaN or infinite; the weights are as before the step.
@@ -114,9 +114,13 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings.lr, self.epoch)
         start = self.batch * self.settings.batch_size
-        x = self.data.batch(self.order[start : start + self.settings.batch_size], self.generator)
+        rows = self.order[start : start + self.settings.batch_size]
+        batch = models.Batch(self.data.batch(rows, self.generator), rows)
+        warm = self.settings.warmup
+        kl_weight = min(1.0, (self.step + 1) / (warm * self.batches)) if warm else 1.0
         self.optimizer.zero_grad()
-        terms = torch.stack([t.mean() for t in self.model.elbo(x, generator=self.generator)])
+        bound = self.model.objective(batch, kl_weight=kl_weight, generator=self.generator)
+        terms = torch.stack([t.mean() for t in bound])
         elbo, recon, kl = terms.tolist()  # the one time a step waits for the device
         if not math.isfinite(elbo):
             raise self._diverged(

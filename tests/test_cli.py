@@ -91,19 +91,19 @@ def test_resume_refuses_another_course(capsys, option, value, stored):
 
 
 def test_train_with_a_flow_and_sample_from_it(capsys):
-    flow = ("--posterior", "planar", "--flow-length", "3")
+    flow = ("--posterior", "planar", "--posterior-size", "3")
     assert train(*flow) == 0
     assert main(["train", "vae", "--resume", "--epochs", "3", *flow]) == 0
     assert "test log-likelihood" in capsys.readouterr().out
     path = Path("runs/vae-digits/checkpoint.safetensors")
     config = checkpoint.read(path).header.config
-    assert (config["posterior"], config["flow_length"]) == ("planar", 3)
+    assert (config["posterior"], config["posterior_size"]) == ("planar", 3)
     assert main(["sample", str(path)]) == 0
     capsys.readouterr()
-    text = refusal(capsys, "train", "vae", "--resume", "--flow-length", "4")
-    assert "--flow-length 4 is not the 3 of the run" in text
-    text = refusal(capsys, "train", "vae", "--out", "new", "--flow-length", "4")
-    assert "--flow-length is for a flow; take one with --posterior" in text
+    text = refusal(capsys, "train", "vae", "--resume", "--posterior-size", "4")
+    assert "--posterior-size 4 is not the 3 of the run" in text
+    text = refusal(capsys, "train", "vae", "--out", "new", "--posterior-size", "4")
+    assert "posterior_size must go with one of low-rank, mixture, planar" in text
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,10 @@ def test_train_with_a_flow_and_sample_from_it(capsys):
         (["train", "gan"], "invalid choice: 'gan'"),
         (["train", "vae", "--data", "cifar"], "invalid choice: 'cifar'"),
         (["train", "vae", "--posterior", "spline"], "--posterior: invalid choice: 'spline'"),
-        (["train", "vae", "--flow-length", "0"], "--flow-length: must be an integer from 1 to"),
+        (
+            ["train", "vae", "--posterior-size", "0"],
+            "--posterior-size: must be an integer from 1 to",
+        ),
         (["train", "vae", "--epochs", "0"], "--epochs: must be an integer from 1 to"),
         (["train", "vae", "--epochs", "1.5"], "--epochs: must be an integer"),
         (["train", "vae", "--batch-size", "-1"], "--batch-size: must be an integer"),

@@ -8,24 +8,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import LIKELIHOODS, Elbo, Likelihood, Model
+from .base import LIKELIHOODS, Batch, Elbo, Likelihood, Model
+from .dlgm import DLGM
 from .factor_analysis import FactorAnalysis
+from .naive_bayes import NaiveBayes
+from .networks import ACTIVATIONS
+from .objective import OBJECTIVES
 from .posterior import POSTERIORS
+from .prior import PRIORS
 from .vae import VAE
 
 __all__ = [
+    "ACTIVATIONS",
+    "DLGM",
     "LIKELIHOODS",
     "MODELS",
+    "OBJECTIVES",
     "POSTERIORS",
+    "PRIORS",
     "VAE",
+    "Batch",
     "Elbo",
     "FactorAnalysis",
     "Likelihood",
     "Model",
+    "NaiveBayes",
     "build",
 ]
 
-MODELS: dict[str, type[Model]] = {"vae": VAE, "factor-analysis": FactorAnalysis}
+MODELS: dict[str, type[Model]] = {
+    "vae": VAE,
+    "dlgm": DLGM,
+    "factor-analysis": FactorAnalysis,
+    "naive-bayes": NaiveBayes,
+}
 
 
 def build(name: str, config: dict[str, Any]) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,14 @@ from torch import Generator, Tensor, nn
 from ..estimators import Elbo
 from ..functional import bernoulli_log_prob, gaussian_log_prob
 
-__all__ = ["LIKELIHOODS", "Elbo", "Likelihood", "Model"]
+__all__ = ["LIKELIHOODS", "Batch", "Elbo", "Likelihood", "Model"]
+
+
+class Batch(NamedTuple):
+    """What one step of training sees."""
+
+    x: Tensor  # images, [B, D]
+    rows: Tensor  # which of the training set they are, [B]
 
 
 class Likelihood(NamedTuple):
@@ -60,6 +67,19 @@ class Model(nn.Module, ABC):
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
         """A one-sample estimate of the evidence lower bound of each row of ``x``."""
 
+    def objective(
+        self, batch: Batch, *, kl_weight: float = 1.0, generator: Generator | None = None
+    ) -> Elbo:
+        """What training maximises, and its terms: the bound, or what stands for it, ``[B]``.
+
+        Args:
+            kl_weight: of the divergence, which training may raise slowly to 1 (warm-up).
+        """
+        bound = self.elbo(batch.x, generator=generator)
+        if kl_weight == 1.0:
+            return bound
+        return Elbo(bound.recon - kl_weight * bound.kl, bound.recon, bound.kl)
+
     @abstractmethod
     def log_likelihood(
         self,
@@ -85,3 +105,13 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def reconstruct(self, x: Tensor) -> Tensor:
         """Each image decoded again from what the model keeps of it, ``[B, D]``."""
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_option(model: str, name: str, value: object, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        rule = f"one of {', '.join(known)}" if len(known) > 1 else known[0]
+        raise ValueError(f"{model}: {name} must be {rule}, got {value!r}")

@@ -1,30 +1,288 @@
-r"""Posteriors beyond the diagonal Gaussian: samples of one, moved by transforms given a context.
+r"""Posteriors q(z | x), made of the outputs of an encoder.
 
-.. math::
-    z_0 \sim N(\mu(x), \mathrm{diag}\,\sigma^2(x)), \quad z = f_h(z_0), \qquad
-    \log q(z|x) = \log q_0(z_0|x) - \log\Big|\det \frac{\partial f_h}{\partial z_0}\Big|
+=============  =====================================================================================
+``gaussian``   :math:`z = \mu + \sigma \epsilon`
+``full``       :math:`z = \mu + C \epsilon`, C a triangle
+``low-rank``   :math:`z = \mu + \sigma \epsilon + V \eta`, V of R columns
+``mixture``    :math:`q = \sum_m \pi_m N(\mu_m, \sigma_m^2)`: a sample of each component, weighted
+others         a flow: :math:`z = f_h(z_0)`, :math:`\log q(z|x) = \log q_0(z_0|x) -
+               \log|\det \partial f_h / \partial z_0|`, :math:`z_0` of ``gaussian``
+=============  =====================================================================================
 
-The context h is the last hidden layer of the encoder, of which each transform makes its parameters
-(Rezende & Mohamed, "Variational Inference with Normalizing Flows", ICML 2015, section 4.2; Kingma
-et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016).
+The context h of a flow is the last hidden layer of the encoder, of which each transform makes its
+parameters.
+
+Papers: Rezende, Mohamed & Wierstra, "Stochastic Backpropagation and Approximate Inference in Deep
+Generative Models", ICML 2014 (full, low rank); Morningstar et al., "Automatic Differentiation
+Variational Inference with Mixture Families", AISTATS 2021; Rezende & Mohamed, "Variational
+Inference with Normalizing Flows", ICML 2015; Kingma et al., "Improved Variational Inference with
+Inverse Autoregressive Flow", NeurIPS 2016.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from .. import flows
+import torch
+from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
-__all__ = ["POSTERIORS", "Posterior"]
+from .. import flows, random
+from ..estimators import gaussian_entropy
+from ..functional import (
+    gaussian_log_prob,
+    reparameterize,
+    reparameterize_kl,
+    reparameterize_low_rank_kl,
+    reparameterize_tril_kl,
+)
+
+__all__ = ["POSTERIORS", "Family", "Posterior"]
+
+LogProb = Callable[[Tensor], Tensor]
 
 
-class Posterior(NamedTuple):
-    """What makes transforms that a context conditions, and their length if nobody says."""
+@dataclass(frozen=True)
+class Posterior(ABC):
+    """q(z | x) of each datum of a batch, with a mean ``mu``, ``[B, D]``."""
 
-    make: Callable[[int, int, int], list[flows.Transform]]  # of dim, length, context_dim
-    length: int
+    mu: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """What stands for z where one value must."""
+        return self.mu
+
+    @abstractmethod
+    def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        """``z``, ``[K, B, D]``, and log q(z | x), ``[K, B]``; both without K by default."""
+
+    @abstractmethod
+    def draw_kl(self, log_prior: LogProb | None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        """A sample ``z``, and its estimate of KL(q || p), of which is sampled what must be.
+
+        Args:
+            log_prior: z to log p(z); None for N(0, I).
+        """
+
+    def average(self, x: Tensor) -> Tensor:
+        """The mean over what :meth:`draw_kl` drew for a datum, ``[B]``."""
+        return x
+
+    @property
+    def together(self) -> int:
+        """How many samples come at once: :meth:`draw` takes multiples."""
+        return 1
+
+    def draws(
+        self, num_samples: int, chunk: int, *, key: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """:meth:`draw` in parts; those of ``low-rank`` alone depend on the size of the parts."""
+        rows, dim = math.prod(self.mu.shape[:-1]), self.mu.shape[-1]
+        samples, size = (math.ceil(n / self.together) for n in (num_samples, chunk))
+        size += -size % 4  # so that every part starts with a whole block of noise
+        for start in range(0, samples, size):
+            part = random.shard(key, start * rows, dim)
+            yield self.draw(min(size, samples - start) * self.together, key=part)
+
+
+class Dense(Posterior):
+    """A posterior whose density is known at any z."""
+
+    @abstractmethod
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z | x), ``[..., B]``."""
+
+    def detach(self) -> Self:
+        """The same q, whose parameters get no gradient."""
+        return type(self)(*(getattr(self, field.name).detach() for field in fields(self)))
+
+    @abstractmethod
+    def entropy(self) -> Tensor:
+        """In nats, ``[B]``."""
+
+    @abstractmethod
+    def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        """``z``, and KL(q || N(0, I)), ``[B]``."""
+
+    def sample(self, num_samples: int | None = None, *, key: Tensor) -> Tensor:
+        return self.sample_kl(num_samples, key=key)[0]
+
+    def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.sample(num_samples, key=key)
+        return z, self.log_prob(z)
+
+    def draw_kl(self, log_prior: LogProb | None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        if log_prior is None:
+            return self.sample_kl(key=key)
+        z = self.sample(key=key)
+        return z, -self.entropy() - log_prior(z)
+
+
+@dataclass(frozen=True)
+class Gaussian(Dense):
+    log_var: Tensor
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return gaussian_log_prob(z, self.mu, self.log_var)
+
+    def entropy(self) -> Tensor:
+        return gaussian_entropy(self.log_var)
+
+    def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        return reparameterize_kl(self.mu, self.log_var, num_samples, key=key)
+
+    def sample(self, num_samples: int | None = None, *, key: Tensor) -> Tensor:
+        return reparameterize(self.mu, self.log_var, num_samples, key=key)
+
+
+@dataclass(frozen=True)
+class Full(Dense):
+    scale_tril: Tensor  # its diagonal is log C_ii
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        c = self.scale_tril
+        triangle = c.tril(-1) + c.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+        return MultivariateNormal(self.mu, scale_tril=triangle, validate_args=False).log_prob(z)
+
+    def entropy(self) -> Tensor:
+        return gaussian_entropy(2.0 * self.scale_tril.diagonal(dim1=-2, dim2=-1))
+
+    def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        return reparameterize_tril_kl(
+            self.mu, self.scale_tril, num_samples, parameterization="log_scale", key=key
+        )
+
+
+@dataclass(frozen=True)
+class LowRank(Dense):
+    log_var: Tensor
+    factor: Tensor
+
+    def _distribution(self) -> LowRankMultivariateNormal:
+        return LowRankMultivariateNormal(
+            self.mu, self.factor, self.log_var.exp(), validate_args=False
+        )
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self._distribution().log_prob(z)
+
+    def entropy(self) -> Tensor:
+        return self._distribution().entropy()
+
+    def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        return reparameterize_low_rank_kl(self.mu, self.log_var, self.factor, num_samples, key=key)
+
+
+@dataclass(frozen=True)
+class Mixture(Posterior):
+    """Components lead: ``mu`` and ``log_var`` are ``[M, B, D]``, ``log_pi`` is ``[M, B]``.
+
+    It is not known which component a sample came from, so every one of them gives as many.
+    """
+
+    log_var: Tensor
+    log_pi: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.log_pi.exp().unsqueeze(-1) * self.mu).sum(0)
+
+    @property
+    def together(self) -> int:
+        return len(self.mu)
+
+    def average(self, x: Tensor) -> Tensor:
+        return (self.log_pi.exp() * x).sum(0)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        pairs = gaussian_log_prob(z.unsqueeze(-3), self.mu, self.log_var)
+        return (pairs + self.log_pi).logsumexp(-2)
+
+    def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        """At least ``num_samples``, and as many of each component.
+
+        log q is less by log(M pi_m), so that the plain mean over samples weighs what it should.
+        """
+        each = math.ceil((num_samples or 1) / self.together)
+        z = reparameterize(self.mu, self.log_var, each, key=key)  # [S, M, B, D]
+        log_q = self.log_prob(z) - self.log_pi - math.log(self.together)
+        return z.flatten(0, 1), log_q.flatten(0, 1)
+
+    def draw_kl(self, log_prior: LogProb | None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        z = reparameterize(self.mu, self.log_var, key=key)
+        return z, self.log_prob(z) - (log_prior or standard_log_prob)(z)
+
+
+@dataclass(frozen=True)
+class Moved(Posterior):
+    """Samples of a Gaussian, moved by a flow."""
+
+    log_var: Tensor
+    move: Callable[[Tensor], tuple[Tensor, Tensor]]  # z_0 to z and log_det
+
+    @property
+    def mean(self) -> Tensor:
+        """Where the flow takes the mean: not that of q, but near."""
+        return self.move(self.mu)[0]
+
+    def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        start = reparameterize(self.mu, self.log_var, num_samples, key=key)
+        z, log_det = self.move(start)
+        return z, gaussian_log_prob(start, self.mu, self.log_var) - log_det
+
+    def draw_kl(self, log_prior: LogProb | None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = self.move(reparameterize(self.mu, self.log_var, key=key))
+        log_p = (log_prior or standard_log_prob)(z)
+        return z, -gaussian_entropy(self.log_var) - log_det - log_p
+
+
+def standard_log_prob(z: Tensor) -> Tensor:
+    zero = z.new_zeros(1)
+    return gaussian_log_prob(z, zero, zero)
+
+
+# --- of a network's outputs -----------------------------------------------------------------------
+
+
+class Family(NamedTuple):
+    """How to make posteriors of D latents of a network's outputs.
+
+    ``size`` is the number that a family has beside D: the rank, the components, the steps.
+    """
+
+    size: int | None  # if nobody says; None: it has none
+    outputs: Callable[[int, int], int]  # (D, size) -> how many numbers make one
+    make: Callable[[Tensor, int], Posterior]  # (outputs, D) -> q
+    flow: Callable[[int, int, int], list[flows.Transform]] | None = None  # (D, size, context)
+
+
+def _gaussian(outputs: Tensor, dim: int) -> Gaussian:
+    return Gaussian(*outputs.chunk(2, -1))
+
+
+def _full(outputs: Tensor, dim: int) -> Full:
+    mu, entries = outputs.split([dim, dim * (dim + 1) // 2], -1)
+    rows, columns = torch.tril_indices(dim, dim, device=outputs.device)
+    scale_tril = outputs.new_zeros(*mu.shape, dim)
+    scale_tril[..., rows, columns] = entries
+    return Full(mu, scale_tril)
+
+
+def _low_rank(outputs: Tensor, dim: int) -> LowRank:
+    mu, log_var, factor = outputs.tensor_split([dim, 2 * dim], -1)
+    return LowRank(mu, log_var, factor.unflatten(-1, (dim, -1)))
+
+
+def _mixture(outputs: Tensor, dim: int) -> Mixture:
+    each = outputs.unflatten(-1, (-1, 2 * dim + 1)).movedim(-2, 0)
+    mu, log_var, logits = each.split([dim, dim, 1], -1)
+    return Mixture(mu, log_var, logits.squeeze(-1).log_softmax(0))
 
 
 def _iaf(dim: int, length: int, context_dim: int) -> list[flows.Transform]:
@@ -37,12 +295,20 @@ def _couplings(coupling: Callable[..., flows.Coupling]) -> Callable[..., list[fl
     ]
 
 
+def _flow(length: int, make: Callable[[int, int, int], list[flows.Transform]]) -> Family:
+    return Family(length, lambda d, _: 2 * d, _gaussian, make)
+
+
 POSTERIORS = {
-    "planar": Posterior(lambda d, k, c: [flows.Planar(d, k, c)], 16),
-    "radial": Posterior(lambda d, k, c: [flows.Radial(d, k, c)], 16),
-    "householder": Posterior(lambda d, k, c: [flows.Householder(d, k, c)], 4),
-    "sylvester": Posterior(lambda d, k, c: [flows.Sylvester(d, k, min(d, 16), context_dim=c)], 4),
-    "iaf": Posterior(_iaf, 4),
-    "realnvp": Posterior(_couplings(flows.AffineCoupling), 4),
-    "nsf": Posterior(_couplings(partial(flows.SplineCoupling, bound=5.0)), 2),
+    "gaussian": Family(None, lambda d, _: 2 * d, _gaussian),
+    "full": Family(None, lambda d, _: d + d * (d + 1) // 2, _full),
+    "low-rank": Family(1, lambda d, rank: (2 + rank) * d, _low_rank),
+    "mixture": Family(4, lambda d, components: components * (2 * d + 1), _mixture),
+    "planar": _flow(16, lambda d, k, c: [flows.Planar(d, k, c)]),
+    "radial": _flow(16, lambda d, k, c: [flows.Radial(d, k, c)]),
+    "householder": _flow(4, lambda d, k, c: [flows.Householder(d, k, c)]),
+    "sylvester": _flow(4, lambda d, k, c: [flows.Sylvester(d, k, min(d, 16), context_dim=c)]),
+    "iaf": _flow(4, _iaf),
+    "realnvp": _flow(4, _couplings(flows.AffineCoupling)),
+    "nsf": _flow(2, _couplings(partial(flows.SplineCoupling, bound=5.0))),
 }

@@ -1,54 +1,58 @@
 r"""The variational autoencoder of Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 
 .. math::
-    \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, N(0, I)),
-    \qquad q(z|x) = N(z; \mu(x), \mathrm{diag}\, \sigma^2(x))
+    \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, p(z))
 
-or a sample of that Gaussian moved by a normalizing flow (:mod:`fastvae.models.posterior`).
+with any posterior of :mod:`fastvae.models.posterior`, any prior of :mod:`fastvae.models.prior`, and
+any objective of :mod:`fastvae.models.objective`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..estimators import Elbo, elbo, gaussian_entropy, importance_sampled_log_likelihood
-from ..estimators.evidence import log_prior
+from .. import random
+from ..estimators import Elbo, streaming_log_mean_exp
 from ..flows.flow import Chain
-from ..functional import reparameterize
-from .base import LIKELIHOODS, Model
-from .posterior import POSTERIORS
+from .base import LIKELIHOODS, Batch, Model, check_option
+from .networks import mlp
+from .objective import OBJECTIVES
+from .posterior import POSTERIORS, Gaussian, Moved, Posterior, standard_log_prob
+from .prior import PRIORS, Prior
 
 __all__ = ["VAE"]
 
 
-def _mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """Affine maps from size to size, with tanh between them, as in the paper."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
 class VAE(Model):
-    """A Gaussian latent variable decoded by a perceptron, and a perceptron that infers it.
+    """A latent variable decoded by a perceptron, and a perceptron that infers it.
 
     Args:
         data_dim: D, the number of pixels.
         latent_dim: the size of z.
         hidden: the widths of the encoder's hidden layers; the decoder has them in reverse.
+        activation: ``"tanh"``, ``"relu"``, ``"softplus"``, ``"gated"`` or ``"maxout"``.
         likelihood: of x in [0, 1]: ``"bernoulli"``, or ``"gaussian"`` with a predicted variance.
-        posterior: ``"gaussian"``; or its samples moved by a flow: ``"planar"``, ``"radial"``,
-            ``"householder"``, ``"sylvester"``, ``"iaf"``, ``"realnvp"`` or ``"nsf"``.
-        flow_length: the steps of the flow; default: 16, planar and radial, 4, or, of nsf, 2.
+        posterior: ``"gaussian"``, ``"full"``, ``"low-rank"``, ``"mixture"``; or a flow:
+            ``"planar"``, ``"radial"``, ``"householder"``, ``"sylvester"``, ``"iaf"``,
+            ``"realnvp"`` or ``"nsf"``.
+        posterior_size: the rank, the components, or the steps of the flow; default: 1, 4, or 16,
+            planar and radial, 4, or, of nsf, 2.
+        prior: ``"standard"``, ``"mixture"``, ``"vamp"`` or ``"flow"``.
+        prior_size: the components, the pseudo-inputs or the steps; default: 32, 500, 4.
+        objective: ``"elbo"``, ``"beta"``, ``"free-bits"``, ``"tc"``, ``"iwae"`` or ``"dreg"``.
+        num_samples: K of iwae and dreg; default: 50.
+        beta: of beta and tc; default: 4.
+        free_bits: lambda, in nats for each dimension of z; default: 0.1.
 
     Raises:
-        ValueError: if a size is not positive, there is no such likelihood or posterior, or a
-            Gaussian one is given a length.
+        ValueError: if a size is not positive, there is no such option, or one is given without what
+            it belongs to; and if they do not go together: tc needs a Gaussian posterior, dreg one
+            of known density, vamp one that starts as a Gaussian.
 
     >>> model = fastvae.models.VAE(784, latent_dim=50, hidden=(200, 200))
     >>> elbo, recon, kl = model.elbo(torch.rand(16, 784))
@@ -62,84 +66,134 @@ class VAE(Model):
         hidden: Sequence[int] = (200, 200),
         likelihood: str = "bernoulli",
         posterior: str = "gaussian",
-        flow_length: int | None = None,
+        posterior_size: int | None = None,
+        prior: str = "standard",
+        prior_size: int | None = None,
+        objective: str = "elbo",
+        num_samples: int | None = None,
+        beta: float | None = None,
+        free_bits: float | None = None,
+        activation: str = "tanh",
     ) -> None:
         super().__init__()
+        name = type(self).__name__
         if min(data_dim, latent_dim, *hidden) < 1:
             raise ValueError(
-                f"VAE: sizes must be positive, got {data_dim}, {latent_dim} and {list(hidden)}"
+                f"{name}: sizes must be positive, got {data_dim}, {latent_dim} and {list(hidden)}"
             )
-        if likelihood not in LIKELIHOODS:
+        check_option(name, "likelihood", likelihood, LIKELIHOODS)
+        check_option(name, "posterior", posterior, POSTERIORS)
+        check_option(name, "prior", prior, ("standard", *PRIORS))
+        check_option(name, "objective", objective, OBJECTIVES)
+        family = POSTERIORS[posterior]
+        if objective == "tc":
+            check_option(name, "posterior of tc", posterior, ("gaussian",))
+        if objective == "dreg":
+            check_option(name, "posterior of dreg", posterior, ("gaussian", "full", "low-rank"))
+        if prior == "vamp" and posterior != "gaussian" and family.flow is None:
             raise ValueError(
-                f"VAE: likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
+                f"{name}: posterior of vamp must be gaussian or a flow, got {posterior!r}"
             )
-        if posterior != "gaussian" and posterior not in POSTERIORS:
-            known = ", ".join(("gaussian", *POSTERIORS))
-            raise ValueError(f"VAE: posterior must be one of {known}, got {posterior!r}")
-        steps = flow_length
-        if posterior == "gaussian":
-            if flow_length is not None:
-                raise ValueError(
-                    f"VAE: flow_length must be that of a flow, got {flow_length} and {posterior!r}"
-                )
-        elif steps is None:
-            steps = POSTERIORS[posterior].length
-        elif not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"VAE: flow_length must be a positive integer, got {steps}")
-        self.config = {
+        sizes = {key: one.size for key, one in POSTERIORS.items() if one.size is not None}
+        posterior_size = _owned(name, "posterior_size", posterior_size, posterior, sizes)
+        sizes = {key: one.size for key, one in PRIORS.items()}
+        prior_size = _owned(name, "prior_size", prior_size, prior, sizes)
+        owners = {"iwae": 50, "dreg": 50}
+        num_samples = _owned(name, "num_samples", num_samples, objective, owners)
+        beta = _owned(name, "beta", beta, objective, {"beta": 4.0, "tc": 4.0})
+        free_bits = _owned(name, "free_bits", free_bits, objective, {"free-bits": 0.1})
+
+        self.config: dict[str, Any] = {
             "data_dim": data_dim,
             "latent_dim": latent_dim,
             "hidden": list(hidden),
             "likelihood": likelihood,
             "posterior": posterior,
-            "flow_length": steps,
+            "posterior_size": posterior_size,
+            "prior": prior,
+            "prior_size": prior_size,
+            "objective": objective,
+            "num_samples": num_samples,
+            "beta": beta,
+            "free_bits": free_bits,
+            "activation": activation,
         }
-        self.latent_dim = latent_dim
-        self.likelihood = LIKELIHOODS[likelihood]
-        self.encoder = _mlp([data_dim, *hidden, 2 * latent_dim])
-        self.flow = None
-        if steps is not None:
+        self.latent_dim, self.likelihood = latent_dim, LIKELIHOODS[likelihood]
+        self.num_samples, self.free_bits = num_samples, free_bits
+        self.beta = 1.0 if beta is None else beta
+        outputs = family.outputs(latent_dim, posterior_size or 0)
+        self.encoder = mlp([data_dim, *hidden, outputs], activation)
+        self.flow: Chain | None = None
+        if family.flow is not None:
             context_dim = hidden[-1] if hidden else data_dim
-            transforms = POSTERIORS[posterior].make(latent_dim, steps, context_dim)
-            self.flow = Chain(transforms)
-        self.decoder = _mlp([latent_dim, *reversed(hidden), self.likelihood.heads * data_dim])
+            self.flow = Chain(family.flow(latent_dim, posterior_size or 0, context_dim))
+        self.prior: Prior | None = None
+        if prior != "standard":
+            self.prior = PRIORS[prior].make(latent_dim, data_dim, prior_size or 0, self.encode)
+        self.decoder = self.make_decoder(hidden, activation)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``mu`` and ``log_var`` of q(z | x), each ``[B, latent_dim]``, for ``x`` of ``[B, D]``.
-
-        Where there is a flow, of the sample that it moves.
-        """
-        mu, log_var, _ = self._encode(x)
-        return mu, log_var
+    def make_decoder(self, hidden: Sequence[int], activation: str) -> nn.Module:
+        """A network from z to what the likelihood's link takes."""
+        outputs = self.likelihood.heads * self.config["data_dim"]
+        return mlp([self.latent_dim, *reversed(hidden), outputs], activation)
 
     def context(self, x: Tensor) -> Tensor:
         """The encoder's last hidden layer, ``[B, H]``, which a flow is given."""
         *trunk, _ = self.encoder
         return functools.reduce(lambda h, layer: layer(h), trunk, x)
 
-    def _encode(
-        self, x: Tensor
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """``mu`` and ``log_var``; and the flow, z to (z, log_det), given the last hidden layer."""
+    def posterior(self, x: Tensor) -> Posterior:
+        """q(z | x) of images ``[B, D]``."""
         context = self.context(x)
-        mu, log_var = self.encoder[-1](context).chunk(2, dim=-1)
+        q = POSTERIORS[self.config["posterior"]].make(self.encoder[-1](context), self.latent_dim)
         if (flow := self.flow) is None:
-            return mu, log_var, lambda z: (z, z.new_zeros(z.shape[:-1]))
-        return mu, log_var, lambda z: flow.forward_and_log_det(z, context)
+            return q
+        assert isinstance(q, Gaussian)
+        return Moved(q.mu, q.log_var, lambda z: flow.forward_and_log_det(z, context))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``mu`` and ``log_var`` of a Gaussian q(z | x), or of what a flow moves; ``[B, L]``."""
+        q = self.posterior(x)
+        if not isinstance(q, (Gaussian, Moved)):
+            kind = self.config["posterior"]
+            raise TypeError(f"{type(self).__name__}: encode must have a diagonal q, got {kind!r}")
+        return q.mu, q.log_var
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
         """The parameters of p(x | z), each ``[..., D]``: logits, or ``mu`` and ``log_var``."""
         return self.likelihood.link(*self.decoder(z).chunk(self.likelihood.heads, dim=-1))
 
+    @property
+    def log_prior(self) -> Callable[[Tensor], Tensor] | None:
+        """z to log p(z); None if that is N(0, I)."""
+        return None if self.prior is None else self.prior.log_prob
+
+    def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """z to log p(x | z), one number per row of z."""
+        return lambda z: self.likelihood.log_prob(x, *self.decode(z))
+
+    def log_joint(self, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """z to log p(x | z) and log p(z)."""
+        log_prior = self.log_prior or standard_log_prob
+        return lambda z: (self.log_p_x_given(x)(z), log_prior(z))
+
+    def bound(self, x: Tensor, q: Posterior, *, key: Tensor) -> Elbo:
+        """The evidence lower bound of any q, and its terms, in nats, each ``[B]``."""
+        z, kl = q.draw_kl(self.log_prior, key=key)
+        recon, kl = q.average(self.log_p_x_given(x)(z)), q.average(kl)
+        return Elbo(recon - kl, recon, kl)
+
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
         """The bound and its terms, in nats, each ``[B]``, from one sample of z per row."""
-        mu, log_var, flow = self._encode(x)
-        if self.flow is None:
-            return elbo(self._log_likelihood(x), mu, log_var, generator=generator)
-        z, log_det = flow(reparameterize(mu, log_var, generator=generator))
-        recon = self._log_likelihood(x)(z)
-        kl = -gaussian_entropy(log_var) - log_det - log_prior("VAE", None, z, "log_var")
-        return Elbo(recon - kl, recon, kl)
+        key = random.from_generator(generator, x.device)
+        return self.bound(x, self.posterior(x), key=key)
+
+    def objective(
+        self, batch: Batch, *, kl_weight: float = 1.0, generator: Generator | None = None
+    ) -> Elbo:
+        """What :mod:`fastvae.models.objective` has under the name of the model's objective."""
+        key = random.from_generator(generator, batch.x.device)
+        return OBJECTIVES[self.config["objective"]](self, batch.x, kl_weight, key)
 
     @torch.no_grad()
     def log_likelihood(
@@ -152,37 +206,32 @@ class VAE(Model):
     ) -> Tensor:
         """Importance-sampled log p(x), in nats, ``[B]``.
 
-        x, ``[B, D]``, is encoded once. See :func:`fastvae.importance_sampled_log_likelihood` for
-        the estimate, the arguments and errors.
+        x, ``[B, D]``, is encoded once; ``chunk`` samples of all rows are held at a time, which
+        changes none of them, but for ``low-rank``.
 
         >>> model = fastvae.models.VAE(784)
         >>> model.log_likelihood(torch.rand(16, 784), num_samples=64).shape
         torch.Size([16])
         """
-        mu, log_var, flow = self._encode(x)
-        log_likelihood = self._log_likelihood(x)
-
-        def log_joint(start: Tensor) -> Tensor:  # of what the flow moves
-            z, log_det = flow(start)
-            return log_likelihood(z) + log_prior("VAE", None, z, "log_var") + log_det
-
-        return importance_sampled_log_likelihood(
-            log_joint,
-            mu,
-            log_var,
-            num_samples,
-            chunk=chunk,
-            prior=lambda z: z.new_zeros(z.shape[:-1]),  # the joint has it
-            generator=generator,
+        for what, value in (("num_samples", num_samples), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}: {what} must be positive, got {value}")
+        key = random.from_generator(generator, x.device)
+        log_joint, q = self.log_joint(x), self.posterior(x)
+        return streaming_log_mean_exp(
+            sum(log_joint(z)) - log_q for z, log_q in q.draws(num_samples, chunk, key=key)
         )
 
-    def _log_likelihood(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """z to log p(x | z), one number per row of z."""
-        return lambda z: self.likelihood.log_prob(x, *self.decode(z))
+    def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
+        """``n`` draws of z from p(z), ``[n, latent_dim]``."""
+        if self.prior is None:
+            return super().sample_prior(n, generator=generator)
+        with torch.no_grad():
+            return self.prior.sample(n, generator=generator)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
-        """The means of p(x | z) for ``n`` draws of z from N(0, I), ``[n, D]``.
+        """The means of p(x | z) for ``n`` draws of z from p(z), ``[n, D]``.
 
         >>> model = fastvae.models.VAE(784)
         >>> model.sample(9).shape
@@ -193,6 +242,22 @@ class VAE(Model):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The means of p(x | z) at the mean of q(z | x), moved by its flow, ``[B, D]``."""
-        mu, _, flow = self._encode(x)
-        return self.likelihood.mean(*self.decode(flow(mu)[0]))
+        """The means of p(x | z) at the mean of q(z | x), ``[B, D]``; the mean moved, of a flow."""
+        return self.likelihood.mean(*self.decode(self.posterior(x).mean))
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _owned(model: str, name: str, value: Any, owner: str, defaults: Mapping[str, Any]) -> Any:
+    """The value of an option that goes with some owners only; if nobody says, the owner's own."""
+    if value is None:
+        return defaults.get(owner)
+    if owner not in defaults:
+        owners = ", ".join(defaults)
+        raise ValueError(f"{model}: {name} must go with one of {owners}, got {value} and {owner!r}")
+    whole = isinstance(defaults[owner], int)
+    if not value > 0 or (whole and not isinstance(value, int)):
+        rule = "a positive integer" if whole else "positive"
+        raise ValueError(f"{model}: {name} must be {rule}, got {value}")
+    return value

@@ -1,0 +1,54 @@
+"""Perceptrons of encoders and decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .base import check_option
+
+__all__ = ["ACTIVATIONS", "mlp"]
+
+
+class Maxout(nn.Module):
+    """The largest of each ``window`` neighbours, ``[..., window N]`` to ``[..., N]``."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.window)).amax(-1)
+
+
+class Activation(NamedTuple):
+    inputs: int  # affine outputs for each hidden unit
+    make: Callable[[], nn.Module]
+
+
+ACTIVATIONS = {
+    "tanh": Activation(1, nn.Tanh),
+    "relu": Activation(1, nn.ReLU),
+    "softplus": Activation(1, nn.Softplus),
+    "gated": Activation(2, nn.GLU),  # Dauphin et al. 2017, as in the VampPrior
+    "maxout": Activation(4, lambda: Maxout(4)),  # Goodfellow et al. 2013, as in Rezende & Mohamed
+}
+
+
+def mlp(sizes: Sequence[int], activation: str = "tanh") -> nn.Sequential:
+    """Affine maps from size to size, with an activation between them.
+
+    Raises:
+        ValueError: if a size is not positive, or there is no such activation.
+    """
+    check_option("mlp", "activation", activation, ACTIVATIONS)
+    if min(sizes) < 1:
+        raise ValueError(f"mlp: sizes must be positive, got {list(sizes)}")
+    inputs, make = ACTIVATIONS[activation]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes[:-1]):
+        layers += [nn.Linear(fan_in, inputs * fan_out), make()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))

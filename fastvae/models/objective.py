@@ -1,0 +1,92 @@
+r"""What training may maximise in place of the bound.
+
+=============  =====================================================================================
+``elbo``       :math:`E_q[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, p(z))`
+``beta``       the same, with :math:`\beta\, \mathrm{KL}`
+``free-bits``  :math:`E_q[\log p(x|z)] - \sum_d \max(\lambda, \overline{\mathrm{KL}_d})`, the mean
+               over the batch; with another prior or posterior than Gaussians, of the whole KL
+``tc``         the bound less :math:`(\beta - 1)\, \mathrm{KL}(q(z) \,\|\, \prod_d q(z_d))`
+``iwae``       :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k|x)`
+``dreg``       the same, with the doubly reparameterised gradient
+=============  =====================================================================================
+
+Papers: Higgins et al., "beta-VAE", ICLR 2017; Kingma et al., "Improved Variational Inference with
+Inverse Autoregressive Flow", NeurIPS 2016 (free bits); Chen et al., "Isolating Sources of
+Disentanglement in VAEs", NeurIPS 2018 (tc); Burda et al., "Importance Weighted Autoencoders", ICLR
+2016; Tucker et al., "Doubly Reparameterized Gradient Estimators", ICLR 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..estimators import Elbo, importance_weighted_bound
+from ..functional import aggregate_posterior, gaussian_kl
+from .posterior import Dense, Gaussian
+
+if TYPE_CHECKING:
+    from .vae import VAE
+
+__all__ = ["OBJECTIVES"]
+
+Objective = Callable[["VAE", Tensor, float, Tensor], Elbo]  # (model, x, kl_weight, key)
+
+
+def _beta(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
+    bound = model.bound(x, model.posterior(x), key=key)
+    return Elbo(bound.recon - model.beta * kl_weight * bound.kl, bound.recon, bound.kl)
+
+
+def _free_bits(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
+    q = model.posterior(x)
+    bound = model.bound(x, q, key=key)
+    kl = bound.kl.unsqueeze(-1)
+    if model.log_prior is None and isinstance(q, Gaussian):
+        kl = gaussian_kl(q.mu.unsqueeze(-1), q.log_var.unsqueeze(-1))
+    price = kl.mean(0).clamp(min=model.free_bits).sum()
+    return Elbo(bound.recon - kl_weight * price, bound.recon, bound.kl)
+
+
+def _total_correlation(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
+    q = model.posterior(x)
+    assert isinstance(q, Gaussian)
+    z, kl = q.draw_kl(model.log_prior, key=key)
+    recon = model.log_p_x_given(x)(z)
+    log_qz, log_prod_qz = aggregate_posterior(z, q.mu, q.log_var)
+    price = kl + (model.beta - 1.0) * (log_qz - log_prod_qz)
+    return Elbo(recon - kl_weight * price, recon, kl)
+
+
+def _importance_weighted(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
+    log_joint = model.log_joint(x)
+    z, log_q = model.posterior(x).draw(model.num_samples, key=key)
+    recon, log_prior = log_joint(z)
+    bound = importance_weighted_bound(recon + kl_weight * (log_prior - log_q))
+    return Elbo(bound, (recon := recon.mean(0)), recon - bound)
+
+
+def _dreg(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
+    log_joint, q = model.log_joint(x), model.posterior(x)
+    assert isinstance(q, Dense)
+    recon = x.new_zeros(())
+
+    def log_w(z: Tensor) -> Tensor:
+        nonlocal recon
+        recon, log_prior = log_joint(z)
+        return recon + kl_weight * (log_prior - q.detach().log_prob(z))
+
+    bound = importance_weighted_bound(log_w, "dreg", z=q.sample(model.num_samples, key=key))
+    return Elbo(bound, (recon := recon.mean(0)), recon - bound)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "elbo": _beta,  # of a beta of 1
+    "beta": _beta,
+    "free-bits": _free_bits,
+    "tc": _total_correlation,
+    "iwae": _importance_weighted,
+    "dreg": _dreg,
+}
