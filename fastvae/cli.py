@@ -34,7 +34,7 @@ _CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "pic
 # the options that are the model's, and those that are the training's
 _CONFIG = (
     "latent_dim", "layers", "hidden", "activation", "posterior", "posterior_size", "prior",
-    "prior_size", "objective", "num_samples", "beta", "free_bits",
+    "prior_size", "objective", "num_samples", "beta", "free_bits", "inference", "refine_steps",
 )  # fmt: skip
 _SETTINGS = ("data", "batch_size", "lr", "clip_norm", "warmup", "seed")
 
@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-samples", type=_count, metavar="K", help="of an objective of many samples")
     add("--beta", type=_positive, metavar="X", help="of the objectives beta and tc")
     add("--free-bits", type=_positive, metavar="X", help="nats for each dimension of z")
+    add("--inference", choices=models.local.INFERENCES, help="of a local-vae; default: local")
+    add("--refine-steps", type=_count, metavar="K", help="of each image's own; default: 2")
     add = train_parser.add_argument_group(
         "what decides the course; a resumed run keeps it"
     ).add_argument

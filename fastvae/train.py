@@ -87,10 +87,14 @@ class Trainer:
         self.data = data.to(self.device)
         with torch.random.fork_rng(devices=[]):  # initialize on the CPU: the same on every device
             torch.manual_seed(settings.seed)
-            self.model = models.build(
-                model,
-                {"data_dim": data.train.shape[1], "likelihood": data.likelihood, **config},
-            ).to(self.device)
+            of_data = {
+                "data_dim": data.train.shape[1],
+                "likelihood": data.likelihood,
+                "dataset_size": len(data.train),
+            }
+            wanted = models.MODELS[model].of_data if model in models.MODELS else ()
+            own = {name: of_data[name] for name in wanted}
+            self.model = models.build(model, {**own, **config}).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=True)
         self.generator = Generator(self.device).manual_seed(settings.seed)
         self.step = self.epoch = self.batch = 0

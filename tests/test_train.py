@@ -384,5 +384,6 @@ def test_results_say_what_was_reached_with_what(digits, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["test"]["elbo"] == evaluation.elbo
     expected = {"data_dim": 64, "likelihood": "bernoulli", **CONFIG}
-    assert results["config"] == {**expected, "posterior": "gaussian", "posterior_size": None}
+    assert results["config"] == trainer.model.config
+    assert {**results["config"], **expected} == results["config"]
     assert results["fastvae"] == fastvae.__version__

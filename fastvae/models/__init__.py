@@ -11,6 +11,7 @@ from typing import Any
 from .base import LIKELIHOODS, Batch, Elbo, Likelihood, Model
 from .dlgm import DLGM
 from .factor_analysis import FactorAnalysis
+from .local import LocalVAE
 from .naive_bayes import NaiveBayes
 from .networks import ACTIVATIONS
 from .objective import OBJECTIVES
@@ -31,6 +32,7 @@ __all__ = [
     "Elbo",
     "FactorAnalysis",
     "Likelihood",
+    "LocalVAE",
     "Model",
     "NaiveBayes",
     "build",
@@ -39,6 +41,7 @@ __all__ = [
 MODELS: dict[str, type[Model]] = {
     "vae": VAE,
     "dlgm": DLGM,
+    "local-vae": LocalVAE,
     "factor-analysis": FactorAnalysis,
     "naive-bayes": NaiveBayes,
 }

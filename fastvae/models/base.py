@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -57,10 +57,12 @@ class Model(nn.Module, ABC):
         config: the arguments that build it again, as JSON can hold them.
         exact: whether :meth:`log_likelihood` is no estimate.
         latent_dim: the size of z.
+        of_data: which of its arguments a data set decides.
     """
 
     config: dict[str, Any]
-    exact = False  # whether log_likelihood is no estimate
+    exact = False
+    of_data: ClassVar[tuple[str, ...]] = ("data_dim", "likelihood")
     latent_dim: int
 
     @abstractmethod

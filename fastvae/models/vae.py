@@ -10,7 +10,7 @@ any objective of :mod:`fastvae.models.objective`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -217,10 +217,16 @@ class VAE(Model):
             if value < 1:
                 raise ValueError(f"{type(self).__name__}: {what} must be positive, got {value}")
         key = random.from_generator(generator, x.device)
-        log_joint, q = self.log_joint(x), self.posterior(x)
-        return streaming_log_mean_exp(
-            sum(log_joint(z)) - log_q for z, log_q in q.draws(num_samples, chunk, key=key)
-        )
+        q = self.posterior(x)
+        return streaming_log_mean_exp(self.log_weights(x, q, num_samples, chunk, key=key))
+
+    def log_weights(
+        self, x: Tensor, q: Posterior, num_samples: int, chunk: int = 16, *, key: Tensor
+    ) -> Iterator[Tensor]:
+        """log p(x, z) - log q(z | x) of draws of any q, in parts of ``[K, B]``."""
+        log_joint = self.log_joint(x)
+        for z, log_q in q.draws(num_samples, chunk, key=key):
+            yield sum(log_joint(z)) - log_q
 
     def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """``n`` draws of z from p(z), ``[n, latent_dim]``."""
