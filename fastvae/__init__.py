@@ -13,6 +13,7 @@ import torch
 
 from . import _load, estimators, flows, functional, random, reference
 from .estimators import (
+    annealed_importance_sampling,
     elbo,
     gaussian_entropy,
     importance_sampled_log_likelihood,
@@ -32,6 +33,7 @@ _reference_ops = reference.register(_OPS) if _load.module is not None else None
 
 __all__ = [
     "__version__",
+    "annealed_importance_sampling",
     "build_info",
     "elbo",
     "estimators",

@@ -1,8 +1,9 @@
-"""The command line: ``fastvae train``, ``sample``, ``demo``, ``energies`` and ``info``."""
+"""The command line: ``fastvae train``, ``sample``, ``evaluate`` and others."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -16,10 +17,22 @@ import torch
 
 import fastvae
 
-from . import checkpoint, data, demo, energies, functional, models, pictures, train
+from . import (
+    checkpoint,
+    data,
+    demo,
+    energies,
+    evaluation,
+    files,
+    functional,
+    models,
+    pictures,
+    train,
+)
 from .checkpoint import CheckpointError, Settings
 from .data import DataError
 from .extras import MissingExtraError, require
+from .models.posterior import Gaussian
 
 __all__ = ["main"]
 
@@ -162,6 +175,21 @@ def _parser() -> argparse.ArgumentParser:
     sample_parser.add_argument("-n", type=_image_count, default=100, help="default: 100")
     sample_parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
     sample_parser.add_argument("--out", type=Path, metavar="PNG", default=Path("samples.png"))
+
+    evaluate_parser = commands.add_parser(
+        "evaluate",
+        help="what a trained VAE loses of log p(x), and where",
+        description="What a trained VAE loses of log p(x), and where: its active units, the gaps "
+        "of amortised inference, log p(x) by annealing, and whether the intervals of q hold.",
+    )
+    evaluate_parser.set_defaults(run=_evaluate)
+    add = evaluate_parser.add_argument
+    add("checkpoint", type=Path, help="a checkpoint that fastvae train wrote")
+    add("--root", type=Path, help="folder of the data sets")
+    add("--images", type=_count, metavar="N", default=500, help="of the test set; default: 500")
+    add("--annealing-steps", type=_count, metavar="T", default=300, help="default: 300")
+    add("--chains", type=_count, metavar="K", default=8, help="for each image; default: 8")
+    add("--out", type=Path, metavar="DIR", help="default: the checkpoint's folder")
 
     demo_parser = commands.add_parser(
         "demo",
@@ -318,6 +346,47 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> int:
     columns = math.ceil(math.sqrt(args.n * header.image_shape[0] / header.image_shape[1]))
     pictures.save(args.out, title, [(f"seed {args.seed}", images)], header.image_shape, columns)
     print(args.out)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
+    require("matplotlib")
+    stored = checkpoint.read(args.checkpoint)
+    model, header = stored.build_model().eval().requires_grad_(False), stored.header
+    if not isinstance(model, models.VAE):
+        raise _UsageError(f"evaluate takes a VAE, or what is made of one, not {header.model}")
+    test = data.load(header.settings.data, args.root).test
+    spread = torch.linspace(0, len(test) - 1, min(args.images, len(test))).long()
+    x, generator = test[spread].float(), torch.Generator().manual_seed(0)
+    out = args.out or args.checkpoint.parent
+
+    active = evaluation.active_units(model, test.float())
+    print(f"active units         {int(active.sum()):6d} of {len(active)}", flush=True)
+    results: dict[str, object] = {"images": len(x), "active_units": int(active.sum())}
+    if isinstance(model.posterior(x[:1]), Gaussian):
+        gaps = evaluation.inference_gaps(model, x, generator=generator)
+        print(f"{gaps}, of {len(x)} images", flush=True)
+        results["gaps"] = gaps._asdict()
+    steps, chains = args.annealing_steps, args.chains
+    log_px = evaluation.annealed_log_likelihood(model, x, steps, chains, generator=generator)
+    results["annealed"] = float(log_px.double().mean())
+    print(f"annealed             {log_px.double().mean():9.2f} nats", flush=True)
+    bracket = evaluation.bidirectional(model, len(x), steps, chains, generator=generator)
+    results["bidirectional"] = bracket._asdict()
+    print(
+        f"of its own images    {bracket.lower:9.2f} nats   enclosed to "
+        f"{bracket.upper - bracket.lower:.2f}"
+    )
+    held = evaluation.calibration(model, generator=generator)
+    results["calibration"] = held
+    for level, share in held.items():
+        print(f"{100 * level:.0f} % intervals       {100 * share:9.1f} % hold the z of an image")
+    panels = [("one dimension of z a row", evaluation.traversals(model, test.float()))]
+    path = out / "traversals.png"
+    title = f"{header.model} on {header.settings.data}"
+    pictures.save(path, title, panels, header.image_shape, columns=10)
+    files.write_atomically(out / "evaluation.json", (json.dumps(results, indent=2) + "\n").encode())
+    print(f"\npicture     {path}\nresults     {out / 'evaluation.json'}")
     return 0
 
 

@@ -1,19 +1,34 @@
-"""What a trained model is worth, beyond its bound."""
+"""What a trained VAE is worth, beyond its bound: how much of log p(x) it loses, and where.
+
+All of them take a :class:`fastvae.models.VAE`, or what is made of one, and images ``[B, D]``.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from . import random
+from .estimators import annealed_importance_sampling, streaming_log_mean_exp
 from .functional import log_mean_exp
 from .models import VAE
 from .models.local import refine
-from .models.posterior import Gaussian
+from .models.posterior import Dense, Gaussian, LogProb, standard_log_prob
 
-__all__ = ["InferenceGaps", "inference_gaps"]
+__all__ = [
+    "Bracket",
+    "InferenceGaps",
+    "active_units",
+    "annealed_log_likelihood",
+    "bidirectional",
+    "calibration",
+    "inference_gaps",
+    "traversals",
+]
 
 
 class InferenceGaps(NamedTuple):
@@ -85,3 +100,161 @@ def inference_gaps(
     )
     log_px = log_mean_exp(second.movedim(0, -1))
     return InferenceGaps(*(float(w.double().mean()) for w in (first, second, log_px)))
+
+
+class Bracket(NamedTuple):
+    """Mean nats per image: bounds of log p(x), in expectation, from below and from above."""
+
+    lower: float
+    upper: float
+
+
+@torch.no_grad()
+def annealed_log_likelihood(
+    model: VAE,
+    x: Tensor,
+    steps: int = 300,
+    chains: int = 8,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """log p(x) by annealed importance sampling, in nats, ``[B]``.
+
+    From the best Gaussian of each image's own, where the posterior is Gaussian; from the posterior,
+    where its density is known; else from the prior. See
+    :func:`fastvae.annealed_importance_sampling`.
+
+    >>> model, x = fastvae.models.VAE(12, latent_dim=3), torch.rand(5, 12).bernoulli()
+    >>> fastvae.evaluation.annealed_log_likelihood(model, x, steps=5).shape
+    torch.Size([5])
+    """
+    log_w, _ = _anneal(model, x, steps, chains, None, generator)
+    return streaming_log_mean_exp([log_w])
+
+
+@torch.no_grad()
+def bidirectional(
+    model: VAE,
+    n: int = 100,
+    steps: int = 300,
+    chains: int = 8,
+    *,
+    generator: Generator | None = None,
+) -> Bracket:
+    """How far annealing can be wrong: log p(x) of ``n`` images of the model's own, enclosed.
+
+    Their z is known, and a draw of the posterior, from which chains can go backwards.
+
+    Paper: Wu et al., "On the Quantitative Analysis of Decoder-Based Generative Models", ICLR 2017.
+
+    >>> model = fastvae.models.VAE(12, latent_dim=3)
+    >>> lower, upper = fastvae.evaluation.bidirectional(model, 5, steps=20)
+    """
+    z = model.sample_prior(n, generator=generator)
+    x = model.likelihood.sample(*model.decode(z), generator=generator)
+    forward, backward = _anneal(model, x, steps, chains, z, generator)
+    lower, upper = streaming_log_mean_exp([forward]), -streaming_log_mean_exp([-backward])
+    return Bracket(float(lower.double().mean()), float(upper.double().mean()))
+
+
+def _anneal(
+    model: VAE,
+    x: Tensor,
+    steps: int,
+    chains: int,
+    known: Tensor | None,
+    generator: Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-weights of chains to the posterior, ``[K, B]``; and of chains back from ``known``."""
+    key = random.from_generator(generator, x.device)
+    q, log_joint = model.posterior(x), model.log_joint(x)
+    if isinstance(q, Gaussian):
+        q = refine(model, x, q, 100, key=random.fold_in(key, 0))
+    draws, _ = q.draw(max(64, q.together), key=random.fold_in(key, 1))
+    if isinstance(q, Dense):
+        log_start: LogProb = q.log_prob
+        z = q.sample(chains, key=random.fold_in(key, 2))
+    else:
+        log_start = model.log_prior or standard_log_prob
+        z = model.sample_prior(chains * len(x), generator=generator).unflatten(0, (chains, -1))
+    anneal = functools.partial(
+        annealed_importance_sampling,
+        lambda z: torch.add(*log_joint(z)),
+        log_start,
+        num_steps=steps,
+        scale=draws.std(0),
+        generator=generator,
+    )
+    forward = anneal(z)
+    if known is None:
+        return forward.log_w, forward.log_w
+    known = known.expand(chains, *known.shape)
+    backward = anneal(known, step_size=forward.step_size, reverse=True)
+    return forward.log_w, backward.log_w
+
+
+@torch.no_grad()
+def active_units(model: VAE, x: Tensor, threshold: float = 0.01) -> Tensor:
+    r"""Which dimensions of z say something of x, bool, ``[L]``.
+
+    .. math:: \mathrm{Var}_x(E_q[z_d | x]) > 0.01
+
+    Paper: Burda, Grosse & Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016.
+
+    >>> model, x = fastvae.models.VAE(12, latent_dim=3), torch.rand(5, 12).bernoulli()
+    >>> fastvae.evaluation.active_units(model, x).shape
+    torch.Size([3])
+    """
+    means = torch.cat([model.posterior(part).mean for part in x.split(1000)])
+    return means.var(0) > threshold
+
+
+@torch.no_grad()
+def calibration(
+    model: VAE,
+    levels: Sequence[float] = (0.5, 0.8, 0.95),
+    n: int = 1000,
+    num_samples: int = 200,
+    *,
+    generator: Generator | None = None,
+) -> dict[float, float]:
+    """How often q's central intervals of each level hold the z that made an image.
+
+    Of ``n`` images of the model's own. If q is the posterior, as often as the level says; if it is
+    too narrow, less often.
+
+    Paper: Talts et al., "Validating Bayesian Inference Algorithms with Simulation-Based
+    Calibration", 2018.
+
+    >>> model = fastvae.models.VAE(12, latent_dim=3)
+    >>> list(fastvae.evaluation.calibration(model, n=10, num_samples=20))
+    [0.5, 0.8, 0.95]
+    """
+    z = model.sample_prior(n, generator=generator)
+    x = model.likelihood.sample(*model.decode(z), generator=generator)
+    key = random.from_generator(generator, x.device)
+    q, below = model.posterior(x), torch.zeros_like(z)
+    for k in range(num_samples):
+        draw, _ = q.draw_kl(model.log_prior, key=random.fold_in(key, k))
+        below += q.average((draw < z).to(z.dtype)) / num_samples
+    return {level: float(((2 * below - 1).abs() < level).double().mean()) for level in levels}
+
+
+@torch.no_grad()
+def traversals(model: VAE, x: Tensor, count: int = 10, points: int = 10) -> Tensor:
+    """Images along the dimensions of z that vary most: ``[count * points, D]``, one row for each.
+
+    Around the mean of q for the first image of ``x``, from -2.5 to 2.5; of the others the variance
+    is taken.
+
+    >>> model, x = fastvae.models.VAE(12, latent_dim=3), torch.rand(5, 12).bernoulli()
+    >>> fastvae.evaluation.traversals(model, x, count=2, points=4).shape
+    torch.Size([8, 12])
+    """
+    means = model.posterior(x).mean
+    most = means.var(0).argsort(descending=True)[:count]
+    z = means[0].repeat(len(most), points, 1)
+    along = torch.linspace(-2.5, 2.5, points).to(z)
+    for row, d in enumerate(most.tolist()):
+        z[row, :, d] = along
+    return model.likelihood.mean(*model.decode(z.flatten(0, 1)))

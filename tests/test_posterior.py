@@ -418,7 +418,7 @@ def test_a_dlgm_of_one_layer_and_one_map_is_linear_in_its_noise():
         weight = model.decoder.maps[0][0].weight @ model.decoder.noise[0].weight
         bias = model.decoder.maps[0][0].bias
     model.likelihood = models.Likelihood(  # of a mean that is free and a variance that is known
-        2, lambda mu, _: (mu, torch.full_like(mu, -1.0)), fastvae.gaussian_log_prob, None
+        2, lambda mu, _: (mu, torch.full_like(mu, -1.0)), fastvae.gaussian_log_prob, None, None
     )
     loading, offset = weight[:D], bias[:D]
     exact = MultivariateNormal(offset, loading @ loading.T + math.exp(-1.0) * torch.eye(D))

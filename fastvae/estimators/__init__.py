@@ -3,6 +3,7 @@
 - :mod:`.evidence`: the evidence lower bound of a Gaussian posterior in its three forms
 - :mod:`.bound`: bounds of K weighted samples, each with the right gradient
 - :mod:`.importance`: log p(x) from any number of importance samples, in the memory of a few
+- :mod:`.annealed`: log p(x) from chains that are led to the posterior
 - :mod:`.score`: the score function's gradient, for latents that cannot be reparameterised
 - :mod:`.control`: what takes its variance away
 
@@ -10,7 +11,8 @@ All are made of the ops of :mod:`fastvae.functional`, in Python, and the functio
 from ``fastvae``.
 """
 
-from . import bound, control, evidence, importance, score
+from . import annealed, bound, control, evidence, importance, score
+from .annealed import *  # noqa: F403
 from .bound import *  # noqa: F403
 from .control import *  # noqa: F403
 from .evidence import *  # noqa: F403
@@ -18,6 +20,7 @@ from .importance import *  # noqa: F403
 from .score import *  # noqa: F403
 
 __all__: list[str] = []
+__all__ += annealed.__all__
 __all__ += bound.__all__
 __all__ += control.__all__
 __all__ += evidence.__all__

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..estimators import Elbo
-from ..functional import bernoulli_log_prob, gaussian_log_prob
+from ..functional import bernoulli_log_prob, gaussian_log_prob, reparameterize
 
 __all__ = ["LIKELIHOODS", "Batch", "Elbo", "Likelihood", "Model"]
 
@@ -29,6 +29,7 @@ class Likelihood(NamedTuple):
     link: Callable[..., tuple[Tensor, ...]]  # (*outputs) -> parameters
     log_prob: Callable[..., Tensor]  # (x, *parameters) -> nats per row
     mean: Callable[..., Tensor]  # (*parameters) -> E[x | z]
+    sample: Callable[..., Tensor]  # (*parameters, generator=) -> x
 
 
 def _bernoulli_link(logits: Tensor) -> tuple[Tensor]:
@@ -44,9 +45,15 @@ def _gaussian_mean(mu: Tensor, log_var: Tensor) -> Tensor:
     return mu
 
 
+def _bernoulli_sample(logits: Tensor, *, generator: Generator | None = None) -> Tensor:
+    return torch.bernoulli(torch.sigmoid(logits), generator=generator)
+
+
 LIKELIHOODS = {
-    "bernoulli": Likelihood(1, _bernoulli_link, bernoulli_log_prob, torch.sigmoid),
-    "gaussian": Likelihood(2, _gaussian_link, gaussian_log_prob, _gaussian_mean),
+    "bernoulli": Likelihood(
+        1, _bernoulli_link, bernoulli_log_prob, torch.sigmoid, _bernoulli_sample
+    ),
+    "gaussian": Likelihood(2, _gaussian_link, gaussian_log_prob, _gaussian_mean, reparameterize),
 }
 
 

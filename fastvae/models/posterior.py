@@ -71,7 +71,7 @@ class Posterior(ABC):
         """
 
     def average(self, x: Tensor) -> Tensor:
-        """The mean over what :meth:`draw_kl` drew for a datum, ``[B]``."""
+        """The mean over what :meth:`draw_kl` drew for a datum, ``[B, ...]``."""
         return x
 
     @property
@@ -191,14 +191,15 @@ class Mixture(Posterior):
 
     @property
     def mean(self) -> Tensor:
-        return (self.log_pi.exp().unsqueeze(-1) * self.mu).sum(0)
+        return self.average(self.mu)
 
     @property
     def together(self) -> int:
         return len(self.mu)
 
     def average(self, x: Tensor) -> Tensor:
-        return (self.log_pi.exp() * x).sum(0)
+        pi = self.log_pi.exp()
+        return (pi.reshape(*pi.shape, *[1] * (x.dim() - pi.dim())) * x).sum(0)
 
     def log_prob(self, z: Tensor) -> Tensor:
         pairs = gaussian_log_prob(z.unsqueeze(-3), self.mu, self.log_var)
