@@ -48,6 +48,7 @@ _CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "pic
 _CONFIG = (
     "latent_dim", "layers", "hidden", "activation", "posterior", "posterior_size", "prior",
     "prior_size", "objective", "num_samples", "beta", "free_bits", "inference", "refine_steps",
+    "num_labels", "alpha",
 )  # fmt: skip
 _SETTINGS = ("data", "batch_size", "lr", "clip_norm", "warmup", "seed")
 
@@ -135,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--beta", type=_positive, metavar="X", help="of the objectives beta and tc")
     add("--free-bits", type=_positive, metavar="X", help="nats for each dimension of z")
     add("--inference", choices=models.local.INFERENCES, help="of a local-vae; default: local")
+    add("--num-labels", type=_count, metavar="N", help="images of m2 with a label; default: 100")
+    add("--alpha", type=_positive, metavar="X", help="weight of m2's classifier; default: 0.1")
+    add("--features", type=Path, metavar="CHECKPOINT", help="of a VAE, M1, that m2 is a model of")
     add("--refine-steps", type=_count, metavar="K", help="of each image's own; default: 2")
     add = train_parser.add_argument_group(
         "what decides the course; a resumed run keeps it"
@@ -279,10 +283,16 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         trainer = train.Trainer.resume(path, dataset, device)
     else:
         config = {k: v for k in _CONFIG if (v := getattr(args, k)) is not None}
+        features = None
+        if args.features is not None:
+            features = checkpoint.read(args.features)
+            config["base"] = features.build_model().config
         try:
             trainer = train.Trainer(args.model, config, dataset, settings, device)
         except ValueError as error:  # of options that are not for this model
             raise _UsageError(str(error)) from error
+        if features is not None and isinstance(trainer.model, models.M2) and trainer.model.base:
+            trainer.model.base.load_state_dict(features.part("model"))
     epochs = args.epochs or (None if args.minutes else 100)
     again = [*argv, *["--resume"] * (not args.resume)]
     return _run(trainer, args.out, epochs, args.minutes, args.importance_samples, again)

@@ -22,6 +22,7 @@ Files lie under one root: the argument ``root``, else the environment variable `
 else ``~/.cache/fastvae`` (or ``$XDG_CACHE_HOME/fastvae``)::
 
     mnist/train-images-idx3-ubyte.gz, t10k-images-idx3-ubyte.gz     (or without .gz)
+    mnist/train-labels-idx1-ubyte.gz, t10k-labels-idx1-ubyte.gz     (for models that want labels)
     binarized_mnist/binarized_mnist_packed.npz    train, valid, test: bits packed by np.packbits
     freyfaces/freyfaces.npy                       uint8, [1965, 560]
 """
@@ -31,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import math
 import os
 import struct
 import urllib.request
@@ -77,6 +79,8 @@ class Dataset:
         image_shape: height and width; their product is ``D``.
         likelihood: ``"bernoulli"`` or ``"gaussian"``.
         noise: ``"bernoulli"`` (dynamic binarization), ``"uniform"`` (dequantization) or ``"none"``.
+        labels: the classes of ``train``, ``valid`` and ``test``, int64 ``[N]`` each, if there are
+            any.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Dataset:
     image_shape: tuple[int, int]
     likelihood: str
     noise: str
+    labels: tuple[Tensor, Tensor, Tensor] | None = None
 
     def batch(self, rows: Tensor, generator: Generator | None = None) -> Tensor:
         """The training images ``rows`` as float32 ``[len(rows), D]``, with fresh noise.
@@ -99,7 +104,9 @@ class Dataset:
     def to(self, device: torch.device | str) -> Dataset:
         """The same images on ``device``."""
         splits = {name: getattr(self, name).to(device) for name in ("train", "valid", "test")}
-        return replace(self, **splits)
+        a, b, c = (y.to(device) for y in self.labels) if self.labels else (None, None, None)
+        labels = None if a is None or b is None or c is None else (a, b, c)
+        return replace(self, **splits, labels=labels)
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -147,13 +154,18 @@ def _dataset(
     *,
     likelihood: str = "bernoulli",
     noise: str = "none",
+    labels: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Dataset:
     train, valid, test = (torch.from_numpy(np.ascontiguousarray(split)) for split in splits)
     fixed = torch.Generator().manual_seed(_SEED)
     valid, test = (_add_noise(split, noise, fixed) for split in (valid, test))
     if noise == "bernoulli":
         valid, test = valid.byte(), test.byte()
-    return Dataset(name, train, valid, test, image_shape, likelihood, noise)
+    y = None
+    if labels is not None:
+        a, b, c = (torch.from_numpy(np.asarray(split, np.int64)) for split in labels)
+        y = (a, b, c)
+    return Dataset(name, train, valid, test, image_shape, likelihood, noise, y)
 
 
 def _shuffle_split(x: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -164,16 +176,32 @@ def _shuffle_split(x: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _digits(root: Path) -> Dataset:
-    images = require("sklearn.datasets").load_digits().data.astype(np.float32) / 16
-    return _dataset("digits", _shuffle_split(images, 200), (8, 8), noise="bernoulli")
+    digits = require("sklearn.datasets").load_digits()
+    splits = _shuffle_split(digits.data.astype(np.float32) / 16, 200)
+    labels = _shuffle_split(digits.target, 200)
+    return _dataset("digits", splits, (8, 8), noise="bernoulli", labels=labels)
 
 
 def _mnist(root: Path) -> Dataset:
-    train = _read_idx(root / "mnist" / "train-images-idx3-ubyte.gz")
-    test = _read_idx(root / "mnist" / "t10k-images-idx3-ubyte.gz")
-    held_out = len(train) // 6  # 10,000: the split of Larochelle & Murray
-    splits = (train[: len(train) - held_out], train[len(train) - held_out :], test)
-    return _dataset("mnist", splits, (28, 28), noise="bernoulli")
+    folder = root / "mnist"
+    train, test = (
+        _read_idx(folder / f"{name}-images-idx3-ubyte.gz", (28, 28)).astype(np.float32) / 255
+        for name in ("train", "t10k")
+    )
+    here = len(train) - len(train) // 6  # 10,000 held out: the split of Larochelle & Murray
+    paths = [folder / f"{name}-labels-idx1-ubyte.gz" for name in ("train", "t10k")]
+    labels = None
+    if all(path.exists() or path.with_suffix("").exists() for path in paths):
+        y, y_test = (_read_idx(path, ()) for path in paths)
+        for path, images, classes in zip(paths, (train, test), (y, y_test), strict=True):
+            if len(classes) != len(images) or classes.max() > 9:
+                raise DataError(
+                    f"{path} holds {len(classes)} labels up to {classes.max()}, not {len(images)} "
+                    "up to 9; replace it by a fresh copy, or delete it and pass --download"
+                )
+        labels = (y[:here], y[here:], y_test)
+    splits = (train[:here], train[here:], test)
+    return _dataset("mnist", splits, (28, 28), noise="bernoulli", labels=labels)
 
 
 def _binarized_mnist(root: Path) -> Dataset:
@@ -234,38 +262,38 @@ def _load_numpy(path: Path, take: Callable[[Any], Any]) -> Any:
         raise DataError(f"{path} is damaged ({error}); replace it by a fresh copy") from error
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """28x28 images of an idx file, gzipped or plain, as float32 ``[N, 784]`` in [0, 1]."""
+def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Images of ``shape``, as rows, or labels, of shape (), of an idx file, gzipped or plain."""
     if not path.exists():
         if not path.with_suffix("").is_file():
             raise _missing(path)
         path = path.with_suffix("")
     again = "replace it by a fresh copy, or delete it and pass --download"
+    what, mark = ("images", 0x803) if shape else ("labels", 0x801)
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as stream:
-            header = stream.read(16)
-            if len(header) < 16:
+            header = stream.read(4 * (2 + len(shape)))
+            if len(header) < 4 * (2 + len(shape)):
                 raise DataError(f"{path} is cut short inside its header; {again}")
-            magic, count, height, width = struct.unpack(">4I", header)
-            if magic != 0x803:
+            magic, count, *found = struct.unpack(f">{2 + len(shape)}I", header)
+            if magic != mark:
                 raise DataError(
-                    f"{path} starts with {magic:#010x}, not with 0x00000803, the mark of idx "
-                    f"images; {again}"
+                    f"{path} starts with {magic:#010x}, not with {mark:#010x}, the mark of idx "
+                    f"{what}; {again}"
                 )
-            if (height, width) != (28, 28) or not 0 < count <= 1_000_000:
-                raise DataError(
-                    f"{path} says that it holds {count} images of {height}x{width}, not of 28x28; "
-                    f"{again}"
-                )
-            size = count * 784
-            pixels = stream.read(size + 1)  # one more than there should be, never all of a bomb
+            if tuple(found) != shape or not 0 < count <= 1_000_000:
+                each = f" of {'x'.join(map(str, found))}, not of 28x28" if shape else ""
+                raise DataError(f"{path} says that it holds {count} {what}{each}; {again}")
+            size = count * math.prod(shape)
+            content = stream.read(size + 1)  # one more than there should be, never all of a bomb
     except _DAMAGE as error:
         raise DataError(f"{path} is damaged ({error}); {again}") from error
-    if len(pixels) != size:
-        found = "more" if len(pixels) > size else str(len(pixels))
-        raise DataError(f"{path} should hold {size} bytes of pixels, and holds {found}; {again}")
-    return np.frombuffer(pixels, np.uint8).reshape(count, 784).astype(np.float32) / 255
+    if len(content) != size:
+        holds = "more" if len(content) > size else str(len(content))
+        of = "pixels" if shape else what
+        raise DataError(f"{path} should hold {size} bytes of {of}, and holds {holds}; {again}")
+    return np.frombuffer(content, np.uint8).reshape((count, math.prod(shape)) if shape else count)
 
 
 def download_mnist(root: str | os.PathLike[str] | None = None, url: str = _MNIST) -> Path:

@@ -9,6 +9,7 @@ disturbs nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -95,10 +96,14 @@ class Trainer:
             wanted = models.MODELS[model].of_data if model in models.MODELS else ()
             own = {name: of_data[name] for name in wanted}
             self.model = models.build(model, {**own, **config}).to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=True)
         self.generator = Generator(self.device).manual_seed(settings.seed)
+        self.model.prepare(self.data, self.generator)
+        self.optimizer = torch.optim.Adam(self._learnt().values(), lr=settings.lr, fused=True)
         self.step = self.epoch = self.batch = 0
         self.order = torch.empty(0, dtype=torch.int64)
+
+    def _learnt(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def batches(self) -> int:
@@ -119,7 +124,8 @@ class Trainer:
                 group["lr"] = learning_rate(self.settings.lr, self.epoch)
         start = self.batch * self.settings.batch_size
         rows = self.order[start : start + self.settings.batch_size]
-        batch = models.Batch(self.data.batch(rows, self.generator), rows)
+        images = functools.partial(self.data.batch, generator=self.generator)
+        batch = models.Batch(images(rows), rows, images)
         warm = self.settings.warmup
         kl_weight = min(1.0, (self.step + 1) / (warm * self.batches)) if warm else 1.0
         self.optimizer.zero_grad()
@@ -170,7 +176,7 @@ class Trainer:
             epoch=self.epoch,
         )
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._learnt().items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors |= {"generator": self.generator.get_state(), "order": self.order}
@@ -212,7 +218,7 @@ class Trainer:
         optimizer = stored.part("optimizer")
         state = {
             i: {key: optimizer[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for i, (name, _) in enumerate(self.model.named_parameters() if header.step else ())
+            for i, (name, _) in enumerate(self._learnt().items() if header.step else ())
         }
         self.optimizer.load_state_dict(
             {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
@@ -316,6 +322,7 @@ class Evaluation:
         log_likelihood: the mean importance-sampled log p(x), or None if not asked for.
         num_samples: K of ``log_likelihood``; 0 if it is exact.
         images: the number of test images.
+        error: the share of them that is taken for another class, or None without classes.
     """
 
     elbo: float
@@ -324,6 +331,7 @@ class Evaluation:
     log_likelihood: float | None
     num_samples: int
     images: int
+    error: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -336,6 +344,8 @@ class Evaluation:
                 f"test log-likelihood  {self.log_likelihood:9.2f} nats   "
                 f"({how}, all {self.images} images)"
             )
+        if self.error is not None:
+            lines.append(f"test error           {100 * self.error:9.2f} %")
         return "\n".join(lines)
 
 
@@ -373,7 +383,15 @@ def evaluate(
         log_p = [model.log_likelihood(x.float(), num_samples, generator=generator) for x in bar]
         log_likelihood = float(torch.cat(log_p).double().mean())
     samples = 0 if model.exact else num_samples
-    return Evaluation(elbo, recon, kl, log_likelihood, samples, len(test))
+    error = None if data.labels is None else _error(model, test, data.labels[2].to(device))
+    return Evaluation(elbo, recon, kl, log_likelihood, samples, len(test), error)
+
+
+@torch.no_grad()
+def _error(model: models.Model, x: Tensor, y: Tensor) -> float | None:
+    logits = [model.classify(part.float()) for part in x.split(1000)]
+    found = [one.argmax(-1) for one in logits if one is not None]
+    return float((torch.cat(found) != y).double().mean()) if found else None
 
 
 def picture(
@@ -391,8 +409,7 @@ def picture(
     generator = Generator(device).manual_seed(_EVALUATION_SEED)
     panels = [
         ("test images" + ", binarized" * (data.noise == "bernoulli"), test),
-        ("their reconstructions", model.reconstruct(test)),
-        ("samples from the model", model.sample(n, generator=generator)),
+        *model.panels(test, generator),
     ]
     pictures.save(path, title, panels, data.image_shape, columns)
 

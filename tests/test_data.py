@@ -123,6 +123,60 @@ def test_mnist_reads_idx_files(tmp_path, compress):
     assert bool((mnist.test[sure == 255] == 1).all())
 
 
+LABELS = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def write_labels(root: Path, compress: bool = True) -> list[np.ndarray]:
+    labels = [np.arange(n, dtype=np.uint8) % 10 for n in (12, 4)]
+    for name, y in zip(LABELS, labels, strict=True):
+        content = idx(y, 0x801)
+        path = root / "mnist" / (f"{name}.gz" if compress else name)
+        path.write_bytes(gzip.compress(content) if compress else content)
+    return labels
+
+
+@pytest.mark.parametrize("compress", [True, False], ids=["gz", "plain"])
+def test_mnist_has_labels_where_the_files_are(tmp_path, compress):
+    write_mnist(tmp_path, compress)
+    assert data.load("mnist", tmp_path).labels is None
+    write_labels(tmp_path, compress)
+    train, valid, test = data.load("mnist", tmp_path).to("cpu").labels
+    assert train.dtype == torch.int64
+    assert (train.tolist(), valid.tolist()) == ([*range(10)], [0, 1])
+    assert test.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (gzip.compress(idx(np.zeros(11, np.uint8), 0x801)), "holds 11 labels up to 0, not 12"),
+        (
+            gzip.compress(idx(np.full(12, 10, np.uint8), 0x801)),
+            "12 labels up to 10, not 12 up to 9",
+        ),
+        (gzip.compress(idx(np.zeros(12, np.uint8), 0x801) + b"x"), "12 bytes of labels, and holds"),
+        (gzip.compress(idx(np.zeros((12, 28, 28), np.uint8))), "not with 0x00000801, the mark of"),
+        (gzip.compress(struct.pack(">2I", 0x801, 0)), "says that it holds 0 labels"),
+        (b"", "cut short inside its header"),
+    ],
+)
+def test_damaged_labels_say_what_is_wrong(tmp_path, content, complaint):
+    write_mnist(tmp_path)
+    write_labels(tmp_path)
+    (tmp_path / "mnist" / f"{LABELS[0]}.gz").write_bytes(content)
+    assert complaint in message("mnist", tmp_path)
+
+
+def test_digits_have_labels_in_the_order_of_the_images():
+    from sklearn.datasets import load_digits
+
+    digits, given = data.load("digits"), load_digits()
+    by_image = {tuple(row): int(y) for row, y in zip(given.data, given.target, strict=True)}
+    found = [by_image[tuple((16 * row).double().tolist())] for row in digits.train]
+    assert found == digits.labels[0].tolist()
+    assert [len(y) for y in digits.labels] == [1397, 200, 200]
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 

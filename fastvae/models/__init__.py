@@ -17,12 +17,14 @@ from .networks import ACTIVATIONS
 from .objective import OBJECTIVES
 from .posterior import POSTERIORS
 from .prior import PRIORS
+from .semi_supervised import M2
 from .vae import VAE
 
 __all__ = [
     "ACTIVATIONS",
     "DLGM",
     "LIKELIHOODS",
+    "M2",
     "MODELS",
     "OBJECTIVES",
     "POSTERIORS",
@@ -44,6 +46,7 @@ MODELS: dict[str, type[Model]] = {
     "local-vae": LocalVAE,
     "factor-analysis": FactorAnalysis,
     "naive-bayes": NaiveBayes,
+    "m2": M2,
 }
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from ..estimators import Elbo
 from ..functional import bernoulli_log_prob, gaussian_log_prob, reparameterize
+
+if TYPE_CHECKING:
+    from ..data import Dataset
 
 __all__ = ["LIKELIHOODS", "Batch", "Elbo", "Likelihood", "Model"]
 
@@ -20,6 +23,7 @@ class Batch(NamedTuple):
 
     x: Tensor  # images, [B, D]
     rows: Tensor  # which of the training set they are, [B]
+    images: Callable[[Tensor], Tensor] | None = None  # other rows of it to images
 
 
 class Likelihood(NamedTuple):
@@ -71,6 +75,20 @@ class Model(nn.Module, ABC):
     exact = False
     of_data: ClassVar[tuple[str, ...]] = ("data_dim", "likelihood")
     latent_dim: int
+
+    def prepare(self, data: Dataset, generator: Generator) -> None:
+        """What a model wants of its data before training: nothing, mostly."""
+
+    def classify(self, x: Tensor) -> Tensor | None:
+        """Logits of the classes of x, ``[B, C]``, if the model has learnt any."""
+        return None
+
+    def panels(self, x: Tensor, generator: Generator | None = None) -> list[tuple[str, Tensor]]:
+        """What a picture shows beside the images ``x``, ``[N, D]``: captions, and N images each."""
+        return [
+            ("their reconstructions", self.reconstruct(x)),
+            ("samples from the model", self.sample(len(x), generator=generator)),
+        ]
 
     @abstractmethod
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
