@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "the model; what is not given is its own, and a resumed run keeps all"
     ).add_argument
     add("--latent-dim", type=_width, metavar="N", help="size of z, factors, or classes")
-    add("--layers", type=_count, metavar="L", help="of a dlgm, each with a z of its own")
+    add("--layers", type=_count, metavar="L", help="of a dlgm or sbn, each with latents of its own")
     add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
     add("--activation", choices=list(models.ACTIVATIONS), help="default: tanh")
     posteriors = (*models.POSTERIORS, *models.factor_analysis.POSTERIORS)
@@ -130,7 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--posterior-size", type=_count, metavar="K", help="its rank, components or steps")
     add("--prior", choices=["standard", *models.PRIORS], help="of z")
     add("--prior-size", type=_count, metavar="K", help="its components, pseudo-inputs or steps")
-    objectives = (*models.OBJECTIVES, *models.naive_bayes.OBJECTIVES)
+    objectives = (
+        *models.OBJECTIVES,
+        *models.naive_bayes.OBJECTIVES,
+        *models.sigmoid_belief.OBJECTIVES,
+    )
     add("--objective", choices=list(dict.fromkeys(objectives)), help="what is maximised")
     add("--num-samples", type=_count, metavar="K", help="of an objective of many samples")
     add("--beta", type=_positive, metavar="X", help="of the objectives beta and tc")

@@ -18,6 +18,7 @@ from .objective import OBJECTIVES
 from .posterior import POSTERIORS
 from .prior import PRIORS
 from .semi_supervised import M2
+from .sigmoid_belief import SigmoidBelief
 from .vae import VAE
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "LocalVAE",
     "Model",
     "NaiveBayes",
+    "SigmoidBelief",
     "build",
 ]
 
@@ -47,6 +49,7 @@ MODELS: dict[str, type[Model]] = {
     "factor-analysis": FactorAnalysis,
     "naive-bayes": NaiveBayes,
     "m2": M2,
+    "sbn": SigmoidBelief,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -142,3 +142,17 @@ def check_option(model: str, name: str, value: object, known: Iterable[str]) -> 
     if value not in known:
         rule = f"one of {', '.join(known)}" if len(known) > 1 else known[0]
         raise ValueError(f"{model}: {name} must be {rule}, got {value!r}")
+
+
+def owned(model: str, name: str, value: Any, owner: str, defaults: Mapping[str, Any]) -> Any:
+    """The value of an option that goes with some owners only; if nobody says, the owner's own."""
+    if value is None:
+        return defaults.get(owner)
+    if owner not in defaults:
+        owners = ", ".join(defaults)
+        raise ValueError(f"{model}: {name} must go with one of {owners}, got {value} and {owner!r}")
+    whole = isinstance(defaults[owner], int)
+    if not value > 0 or (whole and not isinstance(value, int)):
+        rule = "a positive integer" if whole else "positive"
+        raise ValueError(f"{model}: {name} must be {rule}, got {value}")
+    return value

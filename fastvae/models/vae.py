@@ -10,7 +10,7 @@ any objective of :mod:`fastvae.models.objective`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from .. import random
 from ..estimators import Elbo, streaming_log_mean_exp
 from ..flows.flow import Chain
-from .base import LIKELIHOODS, Batch, Model, check_option
+from .base import LIKELIHOODS, Batch, Model, check_option, owned
 from .networks import mlp
 from .objective import OBJECTIVES
 from .posterior import POSTERIORS, Gaussian, Moved, Posterior, standard_log_prob
@@ -95,13 +95,13 @@ class VAE(Model):
                 f"{name}: posterior of vamp must be gaussian or a flow, got {posterior!r}"
             )
         sizes = {key: one.size for key, one in POSTERIORS.items() if one.size is not None}
-        posterior_size = _owned(name, "posterior_size", posterior_size, posterior, sizes)
+        posterior_size = owned(name, "posterior_size", posterior_size, posterior, sizes)
         sizes = {key: one.size for key, one in PRIORS.items()}
-        prior_size = _owned(name, "prior_size", prior_size, prior, sizes)
+        prior_size = owned(name, "prior_size", prior_size, prior, sizes)
         owners = {"iwae": 50, "dreg": 50}
-        num_samples = _owned(name, "num_samples", num_samples, objective, owners)
-        beta = _owned(name, "beta", beta, objective, {"beta": 4.0, "tc": 4.0})
-        free_bits = _owned(name, "free_bits", free_bits, objective, {"free-bits": 0.1})
+        num_samples = owned(name, "num_samples", num_samples, objective, owners)
+        beta = owned(name, "beta", beta, objective, {"beta": 4.0, "tc": 4.0})
+        free_bits = owned(name, "free_bits", free_bits, objective, {"free-bits": 0.1})
 
         self.config: dict[str, Any] = {
             "data_dim": data_dim,
@@ -250,20 +250,3 @@ class VAE(Model):
     def reconstruct(self, x: Tensor) -> Tensor:
         """The means of p(x | z) at the mean of q(z | x), ``[B, D]``; the mean moved, of a flow."""
         return self.likelihood.mean(*self.decode(self.posterior(x).mean))
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def _owned(model: str, name: str, value: Any, owner: str, defaults: Mapping[str, Any]) -> Any:
-    """The value of an option that goes with some owners only; if nobody says, the owner's own."""
-    if value is None:
-        return defaults.get(owner)
-    if owner not in defaults:
-        owners = ", ".join(defaults)
-        raise ValueError(f"{model}: {name} must go with one of {owners}, got {value} and {owner!r}")
-    whole = isinstance(defaults[owner], int)
-    if not value > 0 or (whole and not isinstance(value, int)):
-        rule = "a positive integer" if whole else "positive"
-        raise ValueError(f"{model}: {name} must be {rule}, got {value}")
-    return value
