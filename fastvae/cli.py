@@ -27,6 +27,7 @@ from . import (
     functional,
     models,
     pictures,
+    reproduce,
     train,
 )
 from .checkpoint import CheckpointError, Settings
@@ -198,6 +199,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--annealing-steps", type=_count, metavar="T", default=300, help="default: 300")
     add("--chains", type=_count, metavar="K", default=8, help="for each image; default: 8")
     add("--out", type=Path, metavar="DIR", help="default: the checkpoint's folder")
+
+    reproduce_parser = commands.add_parser(
+        "reproduce",
+        help="run a published figure again, by its recipe",
+        description="Run a published figure again, by its recipe in fastvae/recipes.toml; the same "
+        "command goes on where the last one stopped. Without a name, list the rows.",
+    )
+    reproduce_parser.set_defaults(run=_reproduce)
+    add = reproduce_parser.add_argument
+    add("name", nargs="?", help="a row")
+    add("--seeds", type=_count, metavar="N", default=1, help="default: 1")
+    add("--epochs", type=_count, metavar="N", help="of each stage; default: the recipe's")
+    add("--minutes", type=_positive, metavar="X", help="of training in this call")
+    add("--root", type=Path, help="folder of the data sets")
+    add("--device", help="cpu or cuda; default: cuda where fastvae has kernels for it")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"))
 
     demo_parser = commands.add_parser(
         "demo",
@@ -401,6 +418,40 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     pictures.save(path, title, panels, header.image_shape, columns=10)
     files.write_atomically(out / "evaluation.json", (json.dumps(results, indent=2) + "\n").encode())
     print(f"\npicture     {path}\nresults     {out / 'evaluation.json'}")
+    return 0
+
+
+def _reproduce(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.name is None:
+        for name, row in reproduce.recipes().items():
+            figure = f"{row.published:g}{' (from memory)' * row.from_memory}"
+            print(f"{name:<12} {reproduce.METRICS[row.metric]:<16} {figure:<22} {row.title}")
+        return 0
+    for package in ("safetensors", "tqdm", "sklearn"):
+        require(package)
+    try:
+        row = reproduce.recipe(args.name)
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+    record = reproduce.run(
+        row,
+        args.out,
+        seeds=args.seeds,
+        minutes=args.minutes,
+        epochs=args.epochs,
+        root=args.root,
+        device=_device(args.device),
+    )
+    if record is None:
+        print(f"\nstopped; go on with: {shlex.join(['fastvae', *argv])}")
+        return 130
+    spread = record["ours_deviation"]
+    print(
+        f"\n{row.title} ({row.paper})\n{reproduce.METRICS[row.metric]}: published "
+        f"{row.published:g}{' (from memory)' * row.from_memory}, here {record['ours']:.2f}"
+        + (f" ({spread:.2f} over {len(record['seeds'])} seeds)" if spread is not None else "")
+        + f"\nrecord      {args.out / f'record-{row.name}.json'}"
+    )
     return 0
 
 

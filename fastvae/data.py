@@ -50,7 +50,15 @@ from torch import Generator, Tensor
 from . import files
 from .extras import require
 
-__all__ = ["DATASETS", "DataError", "Dataset", "data_root", "download_mnist", "load"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "Dataset",
+    "balanced_labels",
+    "data_root",
+    "download_mnist",
+    "load",
+]
 
 _SEED = 20140416  # of every fixed split and fixed binarization; part of what a score means
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -137,6 +145,37 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
     if name not in DATASETS:
         raise DataError(f"there is no data set {name!r}; take one of {', '.join(DATASETS)}")
     return DATASETS[name](data_root(root))
+
+
+def balanced_labels(
+    data: Dataset, num_labels: int, *, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Training images whose labels a model may see, as many of each class: rows, and labels.
+
+    Raises:
+        ValueError: if the data have no labels, or too few of a class, or classes cannot have
+            equally many.
+
+    >>> rows, y = fastvae.data.balanced_labels(fastvae.data.load("digits"), 20)
+    >>> y.bincount()
+    tensor([2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    """
+    if data.labels is None:
+        raise ValueError(f"labels must be known of some images, and {data.name} has none")
+    labels = data.labels[0]
+    classes = int(max(y.max() for y in data.labels)) + 1
+    each, rest = divmod(num_labels, classes)
+    if num_labels < 1 or rest:
+        raise ValueError(
+            f"num_labels must be as many of each of {classes} classes, got {num_labels}"
+        )
+    order = torch.randperm(len(labels), generator=generator, device=labels.device)
+    parts = [order[labels[order] == c][:each] for c in range(classes)]
+    if any(len(part) < each for part in parts):
+        counts = [len(part) for part in parts]
+        raise ValueError(f"num_labels must be at most what each class has, got {each} of {counts}")
+    rows = torch.cat(parts)
+    return rows, labels[rows]
 
 
 def _add_noise(x: Tensor, noise: str, generator: Generator | None) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 from torch import Generator, Tensor
 
 from . import random
+from .data import Dataset, balanced_labels
 from .estimators import annealed_importance_sampling, streaming_log_mean_exp
+from .extras import require
 from .functional import log_mean_exp
 from .models import VAE
 from .models.local import refine
@@ -26,9 +28,13 @@ __all__ = [
     "annealed_log_likelihood",
     "bidirectional",
     "calibration",
+    "few_label_error",
     "inference_gaps",
     "traversals",
 ]
+
+
+CLASSIFIERS = ("linear", "svm")
 
 
 class InferenceGaps(NamedTuple):
@@ -258,3 +264,43 @@ def traversals(model: VAE, x: Tensor, count: int = 10, points: int = 10) -> Tens
     for row, d in enumerate(most.tolist()):
         z[row, :, d] = along
     return model.likelihood.mean(*model.decode(z.flatten(0, 1)))
+
+
+@torch.no_grad()
+def few_label_error(
+    model: VAE, data: Dataset, num_labels: int, classifier: str = "svm", *, seed: int = 0
+) -> float:
+    """M1: the share of test images that a classifier of q's means, of few labels, gets wrong.
+
+    Args:
+        data: of which the training labels are taken, as many of each class, by ``seed``.
+        classifier: ``"linear"``, logistic regression, or ``"svm"``, of Gaussian kernels; both
+            scikit-learn's.
+
+    Raises:
+        ValueError: if the data have no labels, or too few of a class.
+
+    Paper: Kingma et al., "Semi-Supervised Learning with Deep Generative Models", NeurIPS 2014.
+
+    >>> data = fastvae.data.load("digits")
+    >>> model = fastvae.models.VAE(64, latent_dim=8)
+    >>> 0 < fastvae.evaluation.few_label_error(model, data, 100) < 1
+    True
+    """
+    if classifier not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise ValueError(f"few_label_error: classifier must be one of {known}, got {classifier!r}")
+    generator = Generator(data.train.device).manual_seed(seed)
+    rows, y = balanced_labels(data, num_labels, generator=generator)
+    train, test = (
+        torch.cat([model.posterior(part.float()).mean for part in x.split(1000)]).cpu().numpy()
+        for x in (data.train, data.test)
+    )
+    assert data.labels is not None
+    few, answers, known_y = rows.cpu().numpy(), data.labels[2].cpu().numpy(), y.cpu().numpy()
+    if classifier == "linear":
+        found = require("sklearn.linear_model").LogisticRegression(max_iter=1000)
+    else:
+        found = require("sklearn.svm").SVC(C=10.0)
+    found.fit(train[few], known_y)
+    return 1.0 - float(found.score(test, answers))

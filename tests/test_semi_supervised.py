@@ -130,9 +130,9 @@ def test_labels_are_as_many_of_each_class_and_drawn_by_the_generator():
 def test_data_that_cannot_be_labelled():
     made = dataset()
     nameless = data.Dataset("bare", made.train, made.train, made.train, (3, 4), "bernoulli", "none")
-    with pytest.raises(ValueError, match="data must have labels, and bare has none"):
+    with pytest.raises(ValueError, match="labels must be known of some images, and bare has"):
         m2().prepare(nameless, generator())
-    with pytest.raises(ValueError, match="must have 2 images each, got"):
+    with pytest.raises(ValueError, match="must be at most what each class has, got 2 of"):
         m2().prepare(dataset(4), generator())
 
 

@@ -1,7 +1,8 @@
 """Models made of fastvae's functions.
 
-To add one, write a subclass of :class:`Model` in a file of its own and name it in :data:`MODELS`:
-training, checkpoints, evaluation and the command line find it there.
+To add one, write a subclass of :class:`Model`, whose ``__init__`` is :func:`base.configured`, in a
+file of its own, and name it in :data:`MODELS`: training, checkpoints, evaluation and the command
+line find it there.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -59,6 +61,29 @@ LIKELIHOODS = {
     ),
     "gaussian": Likelihood(2, _gaussian_link, gaussian_log_prob, _gaussian_mean, reparameterize),
 }
+
+
+def configured(init: Callable[..., None]) -> Callable[..., None]:
+    """An ``__init__`` whose arguments, as JSON can hold them, are the model's ``config``.
+
+    Of a subclass that calls another, what the subclass was given.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def with_config(self: Model, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        config: dict[str, Any] = {}
+        for name, value in list(bound.arguments.items())[1:]:
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                config |= value
+            else:
+                config[name] = list(value) if isinstance(value, tuple) else value
+        self.config = config | self.__dict__.get("config", {})
+        init(self, *args, **kwargs)
+
+    return with_config
 
 
 class Model(nn.Module, ABC):

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .base import configured
 from .networks import mlp
 from .vae import VAE
 
@@ -54,6 +55,7 @@ class DLGM(VAE):
     torch.Size([16])
     """
 
+    @configured
     def __init__(
         self,
         data_dim: int,
@@ -66,7 +68,6 @@ class DLGM(VAE):
             raise ValueError(f"DLGM: layers must be positive, got {layers}")
         self.layers = layers
         super().__init__(data_dim, layers * latent_dim, hidden, **others)
-        self.config |= {"latent_dim": latent_dim, "layers": layers}
 
     def make_decoder(self, hidden: Sequence[int], activation: str) -> nn.Module:
         outputs = self.likelihood.heads * self.config["data_dim"]

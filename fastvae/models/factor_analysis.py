@@ -19,7 +19,6 @@ if C is diagonal. As all is linear and Gaussian, nothing of z is sampled:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,7 +32,7 @@ from ..functional import (
     reparameterize,
     reparameterize_kl,
 )
-from .base import Model
+from .base import Model, configured
 
 __all__ = ["FactorAnalysis"]
 
@@ -58,6 +57,7 @@ class FactorAnalysis(Model):
     True
     """
 
+    @configured
     def __init__(
         self,
         data_dim: int,
@@ -90,14 +90,6 @@ class FactorAnalysis(Model):
                 "FactorAnalysis: prior_scale and dataset_size must be positive, got "
                 f"{prior_scale} and {dataset_size}"
             )
-        self.config: dict[str, Any] = {
-            "data_dim": data_dim,
-            "latent_dim": latent_dim,
-            "likelihood": likelihood,
-            "posterior": posterior,
-            "prior_scale": prior_scale,
-            "dataset_size": dataset_size,
-        }
         self.data_dim, self.latent_dim, self.posterior = data_dim, latent_dim, posterior
         self.prior_scale, self.dataset_size = prior_scale, dataset_size
         self.exact = prior_scale is None

@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 
 from .. import random
 from ..estimators import Elbo
-from .base import Batch, check_option
+from .base import Batch, check_option, configured
 from .posterior import Gaussian
 from .vae import VAE
 
@@ -110,6 +110,7 @@ class LocalVAE(VAE):
     mu: Tensor
     log_var: Tensor
 
+    @configured
     def __init__(
         self,
         data_dim: int,
@@ -133,12 +134,7 @@ class LocalVAE(VAE):
                 f"{numbers[0]}, {numbers[1]} and {numbers[2]}"
             )
         super().__init__(data_dim, **others)
-        self.config |= {
-            "dataset_size": dataset_size,
-            "inference": inference,
-            "refine_steps": refine_steps,
-            "test_refine_steps": test_refine_steps,
-        }
+        self.config["test_refine_steps"] = test_refine_steps
         self.steps, self.test_steps, self.local = (
             refine_steps,
             test_refine_steps,

@@ -19,7 +19,7 @@ from torch.nn.functional import linear, one_hot, softplus
 
 from ..estimators import Elbo, leave_one_out, score_function_bound
 from ..functional import categorical_kl, gumbel_softmax
-from .base import Batch, Model, check_option
+from .base import Batch, Model, check_option, configured
 
 __all__ = ["NaiveBayes"]
 
@@ -47,6 +47,7 @@ class NaiveBayes(Model):
 
     exact = True
 
+    @configured
     def __init__(
         self,
         data_dim: int,
@@ -65,14 +66,6 @@ class NaiveBayes(Model):
                 f"NaiveBayes: sizes and temperature must be positive, and num_samples at least "
                 f"{fewest}, got {data_dim}, {latent_dim}, {temperature} and {num_samples}"
             )
-        self.config = {
-            "data_dim": data_dim,
-            "latent_dim": latent_dim,
-            "likelihood": likelihood,
-            "objective": objective,
-            "num_samples": num_samples,
-            "temperature": temperature,
-        }
         self.latent_dim, self.num_samples = latent_dim, num_samples
         self.objective_name, self.temperature = objective, temperature
         self.class_logits = nn.Parameter(torch.zeros(latent_dim))

@@ -22,21 +22,19 @@ time, with a Gaussian p(z_1 | y, z_2).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from .. import random
+from ..data import Dataset, balanced_labels
 from ..estimators import Elbo, streaming_log_mean_exp
 from ..functional import categorical_kl, gaussian_log_prob, reparameterize
-from .base import LIKELIHOODS, Batch, Likelihood, Model, check_option
+from .base import LIKELIHOODS, Batch, Likelihood, Model, check_option, configured
 from .networks import ACTIVATIONS, mlp
 from .posterior import Gaussian, standard_log_prob
 from .vae import VAE
-
-if TYPE_CHECKING:
-    from ..data import Dataset
 
 __all__ = ["M2"]
 
@@ -94,6 +92,7 @@ class M2(Model):
     y: Tensor
     every: Tensor
 
+    @configured
     def __init__(
         self,
         data_dim: int,
@@ -121,19 +120,6 @@ class M2(Model):
                 "M2: num_labels must be as many of each class, and at most dataset_size, got "
                 f"{num_labels}, {classes} and {dataset_size}"
             )
-        self.config: dict[str, Any] = {
-            "data_dim": data_dim,
-            "dataset_size": dataset_size,
-            "num_labels": num_labels,
-            "classes": classes,
-            "latent_dim": latent_dim,
-            "hidden": list(hidden),
-            "likelihood": likelihood,
-            "activation": activation,
-            "alpha": alpha,
-            "labelled_batch": labelled_batch,
-            "base": base,
-        }
         self.latent_dim, self.classes = latent_dim, classes
         self.alpha, self.labelled_batch, self.dataset_size = alpha, labelled_batch, dataset_size
         none = torch.zeros(num_labels, dtype=torch.int64)
@@ -153,16 +139,9 @@ class M2(Model):
 
     def prepare(self, data: Dataset, generator: Generator) -> None:
         """Draws the images that have a label, as many of each class."""
-        if data.labels is None:
-            raise ValueError(f"M2: data must have labels, and {data.name} has none")
-        labels, each = data.labels[0], len(self.y) // self.classes
-        order = torch.randperm(len(labels), generator=generator, device=labels.device)
-        rows = [order[labels[order] == c][:each] for c in range(self.classes)]
-        if any(len(r) < each for r in rows):
-            counts = [len(r) for r in rows]
-            raise ValueError(f"M2: classes must have {each} images each, got {counts}")
-        self.rows.copy_(torch.cat(rows))
-        self.y.copy_(labels[self.rows])
+        rows, y = balanced_labels(data, len(self.y), generator=generator)
+        self.rows.copy_(rows)
+        self.y.copy_(y)
 
     def features(self, x: Tensor, *, key: Tensor) -> tuple[Tensor, Tensor]:
         """What M2 is a model of: x, or z_1 of M1; and log p(x | z_1) - log q(z_1 | x), ``[B]``."""

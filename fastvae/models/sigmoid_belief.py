@@ -35,7 +35,7 @@ from ..estimators import (
 )
 from ..estimators.control import MovingAverage
 from ..functional import bernoulli_log_prob
-from .base import Batch, Model, check_option, owned
+from .base import Batch, Model, check_option, configured, owned
 from .networks import mlp
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class SigmoidBelief(Model):
     mean: Tensor
     depends: Tensor
 
+    @configured
     def __init__(
         self,
         data_dim: int,
@@ -85,14 +86,7 @@ class SigmoidBelief(Model):
         num_samples = owned("SigmoidBelief", "num_samples", num_samples, objective, many)
         if objective == "vimco" and num_samples == 1:
             raise ValueError("SigmoidBelief: num_samples of vimco must be at least 2, got 1")
-        self.config = {
-            "data_dim": data_dim,
-            "latent_dim": latent_dim,
-            "layers": layers,
-            "likelihood": likelihood,
-            "objective": objective,
-            "num_samples": num_samples,
-        }
+        self.config["num_samples"] = num_samples
         self.latent_dim, self.num_samples = latent_dim, num_samples
         sizes = [data_dim, *[latent_dim] * layers]
         self.inference = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))

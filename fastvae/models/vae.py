@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,7 +18,7 @@ from torch import Generator, Tensor, nn
 from .. import random
 from ..estimators import Elbo, streaming_log_mean_exp
 from ..flows.flow import Chain
-from .base import LIKELIHOODS, Batch, Model, check_option, owned
+from .base import LIKELIHOODS, Batch, Model, check_option, configured, owned
 from .networks import mlp
 from .objective import OBJECTIVES
 from .posterior import POSTERIORS, Gaussian, Moved, Posterior, standard_log_prob
@@ -59,6 +58,7 @@ class VAE(Model):
     >>> (-elbo.mean()).backward()
     """
 
+    @configured
     def __init__(
         self,
         data_dim: int,
@@ -103,20 +103,12 @@ class VAE(Model):
         beta = owned(name, "beta", beta, objective, {"beta": 4.0, "tc": 4.0})
         free_bits = owned(name, "free_bits", free_bits, objective, {"free-bits": 0.1})
 
-        self.config: dict[str, Any] = {
-            "data_dim": data_dim,
-            "latent_dim": latent_dim,
-            "hidden": list(hidden),
-            "likelihood": likelihood,
-            "posterior": posterior,
+        self.config |= {
             "posterior_size": posterior_size,
-            "prior": prior,
             "prior_size": prior_size,
-            "objective": objective,
             "num_samples": num_samples,
             "beta": beta,
             "free_bits": free_bits,
-            "activation": activation,
         }
         self.latent_dim, self.likelihood = latent_dim, LIKELIHOODS[likelihood]
         self.num_samples, self.free_bits = num_samples, free_bits

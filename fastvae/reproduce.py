@@ -1,0 +1,226 @@
+"""Published figures, run again: each row of ``recipes.toml`` is one, with all that decides it.
+
+A run keeps its checkpoints in a folder and goes on from there, however often it was stopped. What
+it writes at the end, or when its time is up, is a record: the paper's figure, ours for every seed,
+how far training went, how long it took, and on what.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvae
+
+from . import data, evaluation, files, models, train
+from .checkpoint import Settings
+
+__all__ = ["METRICS", "Recipe", "recipe", "recipes", "run"]
+
+METRICS = {"error": "test error, %", "nll": "-log p(x), nats", "bound": "-ELBO, nats"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model to train; ``features`` names the stage whose encoder it is a model of."""
+
+    name: str
+    model: str
+    epochs: int
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    features: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row: see the top of ``recipes.toml``."""
+
+    name: str
+    title: str
+    paper: str
+    metric: str
+    published: float
+    stages: tuple[Stage, ...]
+    deviation: float | None = None
+    from_memory: bool = False
+    importance_samples: int = 0
+    classifier: str | None = None
+    num_labels: int | None = None
+
+    @property
+    def family(self) -> str:
+        """The table's name in the file."""
+        return self.name.removesuffix(f"-{self.num_labels}")
+
+
+def recipes() -> dict[str, Recipe]:
+    """All rows by name.
+
+    >>> "m1m2-100" in fastvae.reproduce.recipes()
+    True
+    """
+    tables = tomllib.loads((Path(__file__).parent / "recipes.toml").read_text())
+    found: dict[str, Recipe] = {}
+    for name, table in tables.items():
+        stages = tuple(Stage(**stage) for stage in table.pop("stage"))
+        published, deviation = table.pop("published"), table.pop("deviation", None)
+        if not isinstance(published, dict):
+            found[name] = Recipe(
+                name=name, published=published, deviation=deviation, stages=stages, **table
+            )
+            continue
+        for labels, figure in published.items():
+            found[f"{name}-{labels}"] = Recipe(
+                name=f"{name}-{labels}",
+                published=figure,
+                deviation=deviation[labels],
+                num_labels=int(labels),
+                stages=stages,
+                **table,
+            )
+    return found
+
+
+def recipe(name: str) -> Recipe:
+    """The row ``name``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    known = recipes()
+    if name not in known:
+        raise ValueError(f"there is no row {name!r}; take one of {', '.join(known)}")
+    return known[name]
+
+
+def run(
+    row: Recipe,
+    out: Path,
+    *,
+    seeds: int = 1,
+    minutes: float | None = None,
+    epochs: int | None = None,
+    root: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, Any] | None:
+    """Train what is not trained yet, score it, and write ``record-NAME.json`` into ``out``.
+
+    Args:
+        minutes: of training in this call, of all seeds together.
+        epochs: of every stage, in place of the recipe's: the record says so.
+
+    Returns:
+        The record; None if Ctrl-C stopped it.
+    """
+    path = out / f"record-{row.name}.json"
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    results = []
+    for seed in range(seeds):
+        print(f"{row.name}, seed {seed}", flush=True)
+        trained = _train(row, out, seed, epochs, deadline, root, device)
+        if trained is None:
+            return None
+        how_far = {
+            stage: {"epochs": one.epoch, "seconds": seconds}
+            for stage, (one, seconds) in trained.items()
+        }
+        last, _ = trained[row.stages[-1].name]
+        results.append({"seed": seed, **_score(row, last, seed), "training": how_far})
+        values = [one["value"] for one in results]
+        record = {
+            **{key: value for key, value in asdict(row).items() if key != "stages"},
+            "stages": [asdict(stage) for stage in row.stages],
+            "ours": statistics.fmean(values),
+            "ours_deviation": statistics.stdev(values) if len(values) > 1 else None,
+            "seeds": results,
+            "device": _device_name(device),
+            "threads": torch.get_num_threads(),
+            "fastvae": fastvae.__version__,
+            "torch": torch.__version__,
+        }
+        files.write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    return record
+
+
+def _train(
+    row: Recipe,
+    out: Path,
+    seed: int,
+    epochs: int | None,
+    deadline: float,
+    root: Path | None,
+    device: str,
+) -> dict[str, tuple[train.Trainer, float]] | None:
+    """Every stage as far as its epochs, or the time, go; and the seconds that it took in all."""
+    trained: dict[str, tuple[train.Trainer, float]] = {}
+    for stage in row.stages:
+        settings = Settings(**{"seed": seed, **stage.settings})
+        dataset = data.load(settings.data, root)
+        own = row.num_labels is not None and stage.model == "m2"  # other rows share what is before
+        folder = out / (row.name if own else row.family) / f"seed-{seed}" / stage.name
+        path = folder / "checkpoint.safetensors"
+        if path.exists():
+            trainer = train.Trainer.resume(path, dataset, device)
+        else:
+            config = dict(stage.config)
+            if own:
+                config["num_labels"] = row.num_labels
+            if stage.features:
+                config["base"] = trained[stage.features][0].model.config
+            trainer = train.Trainer(stage.model, config, dataset, settings, device)
+            if stage.features:
+                m1, _ = trained[stage.features]
+                trainer.model.base.load_state_dict(m1.model.state_dict())  # type: ignore[union-attr]
+        wanted = stage.epochs if epochs is None else epochs
+        left = (deadline - time.monotonic()) / 60
+        if trainer.epoch < wanted and left > 0:
+            limit, start = None if math.isinf(left) else left, time.monotonic()
+            finished = train.fit(trainer, path, epochs=wanted, minutes=limit)
+            spent = _seconds(folder) + time.monotonic() - start
+            files.write_atomically(folder / "seconds", f"{spent:.3f}\n".encode())
+            if not finished:
+                return None
+        trainer.model.eval()
+        trained[stage.name] = trainer, _seconds(folder)
+    return trained
+
+
+def _seconds(folder: Path) -> float:
+    """Of training so far."""
+    path = folder / "seconds"
+    return float(path.read_text()) if path.exists() else 0.0
+
+
+def _score(row: Recipe, last: train.Trainer, seed: int) -> dict[str, Any]:
+    if row.classifier is not None:
+        assert row.num_labels is not None
+        assert isinstance(last.model, models.VAE)
+        error = evaluation.few_label_error(
+            last.model, last.data, row.num_labels, row.classifier, seed=seed
+        )
+        return {"value": 100 * error}
+    found = train.evaluate(last.model, last.data, row.importance_samples, last.device)
+    print(found, flush=True)
+    value = {"error": found.error, "nll": found.log_likelihood, "bound": found.elbo}[row.metric]
+    assert value is not None
+    value = 100 * value if row.metric == "error" else -value
+    return {"value": value, "test": asdict(found)}
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    names = cpus.read_text().split("model name") if cpus.exists() else []
+    name = names[1].split(":", 1)[1].split("\n", 1)[0].strip() if len(names) > 1 else ""
+    return name or platform.processor() or platform.machine()

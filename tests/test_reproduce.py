@@ -1,0 +1,153 @@
+"""Recipes that can be built, runs that go on, and records that say what was done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvae import cli, data, evaluation, models, reproduce
+from fastvae.checkpoint import Settings
+from fastvae.reproduce import Recipe, Stage
+
+RECIPES = reproduce.recipes()
+RECORDS = Path(__file__).parents[1] / "bench/results/reproductions"
+VAE = {"latent_dim": 4, "hidden": [16]}
+M2 = {"latent_dim": 2, "hidden": [16]}
+
+
+def row(**changes) -> Recipe:
+    stage = Stage("vae", "vae", 2, VAE, {"data": "digits"})
+    given = {"metric": "nll", "published": 20.0, "importance_samples": 4, "stages": (stage,)}
+    return Recipe(**{"name": "made", "title": "a VAE", "paper": "nobody", **given, **changes})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_can_be_built(name):
+    recipe = RECIPES[name]
+    assert recipe.metric in reproduce.METRICS
+    assert recipe.published > 0
+    built = {}
+    for stage in recipe.stages:
+        assert Settings(**stage.settings).data in data.DATASETS
+        config = dict(stage.config)
+        of_data = {"data_dim": 784, "likelihood": "bernoulli", "dataset_size": 50_000}
+        own = {key: of_data[key] for key in models.MODELS[stage.model].of_data}
+        if stage.model == "m2":
+            config["num_labels"] = recipe.num_labels
+        if stage.features:
+            config["base"] = built[stage.features].config
+        built[stage.name] = models.build(stage.model, {**own, **config})
+    if recipe.classifier:
+        assert recipe.classifier in evaluation.CLASSIFIERS
+
+
+def test_variants_have_the_labels_of_their_name():
+    assert RECIPES["m1m2-3000"].num_labels == 3000
+    assert RECIPES["m1m2-3000"].published == 2.18
+    assert RECIPES["m1m2-3000"].family == "m1m2"
+    assert RECIPES["dlgm-planar"].family == "dlgm-planar"
+    with pytest.raises(ValueError, match="there is no row 'gan'; take one of vae"):
+        reproduce.recipe("gan")
+
+
+def test_a_run_is_recorded_and_goes_on(tmp_path):
+    first = reproduce.run(row(), tmp_path, seeds=2, epochs=1)
+    assert [one["training"]["vae"]["epochs"] for one in first["seeds"]] == [1, 1]
+    second = reproduce.run(row(), tmp_path, seeds=2)
+    assert [one["training"]["vae"]["epochs"] for one in second["seeds"]] == [2, 2]
+    before, after = (one["seeds"][0]["training"]["vae"]["seconds"] for one in (first, second))
+    assert after > before > 0
+    values = [one["value"] for one in second["seeds"]]
+    assert values[0] != values[1]
+    assert second["ours"] == pytest.approx(sum(values) / 2)
+    assert second["ours_deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert json.loads((tmp_path / "record-made.json").read_text()) == second
+    assert second["device"]
+    whole = reproduce.run(row(), tmp_path / "at once", seeds=1)
+    assert whole["seeds"][0]["value"] == values[0]
+
+
+def test_time_that_is_up_leaves_a_record_of_how_far_it_went(tmp_path):
+    long = row(stages=(Stage("vae", "vae", 10_000, VAE, {"data": "digits"}),))
+    record = reproduce.run(long, tmp_path, minutes=0.02)
+    assert 0 <= record["seeds"][0]["training"]["vae"]["epochs"] < 10_000
+
+
+def test_ctrl_c_keeps_the_time_that_was_spent(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.train, "fit", lambda trainer, path, **_: path.parent.mkdir(
+        parents=True, exist_ok=True))  # fmt: skip
+    assert reproduce.run(row(), tmp_path) is None
+    assert float((tmp_path / "made/seed-0/vae/seconds").read_text()) >= 0
+    assert not (tmp_path / "record-made.json").exists()
+
+
+def test_stages_share_what_comes_before_the_labels(tmp_path):
+    stages = (
+        Stage("m1", "vae", 1, VAE, {"data": "digits"}),
+        Stage("m2", "m2", 1, M2, {"data": "digits"}, features="m1"),
+    )
+    for labels in (20, 50):
+        given = {"stages": stages, "metric": "error", "num_labels": labels}
+        record = reproduce.run(row(name=f"both-{labels}", **given), tmp_path)
+        assert 0 < record["ours"] < 100
+        assert record["ours"] == pytest.approx(100 * record["seeds"][0]["test"]["error"])
+    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors"))
+    assert found == [
+        "both-20/seed-0/m2/checkpoint.safetensors",
+        "both-50/seed-0/m2/checkpoint.safetensors",
+        "both/seed-0/m1/checkpoint.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("classifier", evaluation.CLASSIFIERS)
+def test_a_classifier_of_latents(tmp_path, classifier):
+    given = {"metric": "error", "num_labels": 200, "classifier": classifier}
+    config = {"latent_dim": 8, "hidden": [64]}
+    stages = (Stage("m1", "vae", 30, config, {"data": "digits", "lr": 5e-3, "batch_size": 25}),)
+    record = reproduce.run(row(name="m1-200", stages=stages, **given), tmp_path)
+    assert 0 < record["ours"] < 50  # by chance: 90
+
+
+def test_classifiers_refuse_what_they_cannot():
+    model, digits = models.VAE(64, latent_dim=2, hidden=(4,)), data.load("digits")
+    with pytest.raises(ValueError, match="classifier must be one of linear, svm, got 'oracle'"):
+        evaluation.few_label_error(model, digits, 100, "oracle")
+    with pytest.raises(ValueError, match="as many of each of 10 classes, got 105"):
+        evaluation.few_label_error(model, digits, 105)
+    with pytest.raises(ValueError, match="at most what each class has, got 1000 of"):
+        evaluation.few_label_error(model, digits, 10_000)
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTVAE_DATA", str(tmp_path / "data"))
+    assert cli.main(["reproduce"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in RECIPES)
+    assert "88.71 (from memory)" in out
+    assert cli.main(["reproduce", "gan"]) == 2
+    assert "there is no row 'gan'" in capsys.readouterr().err
+    assert cli.main(["reproduce", "vae"]) == 2
+    assert "does not exist; set FASTVAE_DATA" in capsys.readouterr().err
+    monkeypatch.setattr(reproduce, "recipe", lambda name: row(name=name))
+    assert cli.main(["reproduce", "mine", "--seeds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "-log p(x), nats: published 20, here " in out
+    assert "over 2 seeds)" in out
+    assert Path("runs/reproduce/record-mine.json").exists()
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
+def test_records_are_those_of_the_page(path):
+    """REPRODUCTIONS.md says what the records say, of the recipes as they are."""
+    record = json.loads(path.read_text())
+    recipe = RECIPES[record["name"]]
+    page = (RECORDS.parents[2] / "REPRODUCTIONS.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{recipe.name}` |")]
+    assert f"| {record['ours']:.2f}" in line
+    assert f"| {recipe.published:g}" in line or f"| ~{recipe.published:g}" in line
+    assert [stage["config"] for stage in record["stages"]] == [s.config for s in recipe.stages]
+    assert torch.isfinite(torch.tensor(record["ours"]))
