@@ -15,11 +15,12 @@ from torch import Generator, Tensor
 from . import random
 from .data import Dataset, balanced_labels
 from .estimators import annealed_importance_sampling, streaming_log_mean_exp
+from .estimators.evidence import standard_log_prob
 from .extras import require
 from .functional import log_mean_exp
 from .models import VAE
 from .models.local import refine
-from .models.posterior import Dense, Gaussian, LogProb, standard_log_prob
+from .models.posterior import Dense, Gaussian, LogProb
 
 __all__ = [
     "Bracket",

@@ -21,19 +21,14 @@ from torch.distributions import (
 
 import fastvae
 from fastvae import models
-from fastvae.models.posterior import standard_log_prob
+from fastvae.estimators.evidence import standard_log_prob
 
 B, D, L = 3, 12, 4
 POSTERIORS = ("gaussian", "full", "low-rank", "mixture", "planar", "realnvp")
 DENSE = POSTERIORS[:3]
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def key(seed: int = 0) -> Tensor:

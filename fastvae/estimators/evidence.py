@@ -146,11 +146,16 @@ def elbo(
     return Elbo(recon - kl, recon, kl)
 
 
+def standard_log_prob(z: Tensor) -> Tensor:
+    """log N(z; 0, I), one number per row."""
+    zero = z.new_zeros(1)
+    return gaussian_log_prob(z, zero, zero)
+
+
 def log_prior(op: str, prior: Prior, z: Tensor, parameterization: str) -> Tensor:
     """log p(z), one number per row."""
     if prior is None:
-        zero = z.new_zeros(1)
-        return gaussian_log_prob(z, zero, zero)
+        return standard_log_prob(z)
     if isinstance(prior, tuple):
         return gaussian_log_prob(z, *prior, parameterization=parameterization)
     return rows_of(op, "prior", prior, z)

@@ -54,7 +54,7 @@ def refine(
 
     Args:
         steps: of natural gradient, of rates :math:`\rho_k = \rho\, (1 + k / 5)^{-0.7}`, none of
-            which moves a mean by more than a deviation, or a deviation by more than a factor of e.
+            which moves a mean by more than a deviation, or a variance by more than a factor of e.
         num_samples: of z for each row and step.
         create_graph: whether the result has gradients to the model and to ``q``: then what was
             drawn is held for backward.

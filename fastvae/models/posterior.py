@@ -34,6 +34,7 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
 from .. import flows, random
 from ..estimators import gaussian_entropy
+from ..estimators.evidence import standard_log_prob
 from ..functional import (
     gaussian_log_prob,
     reparameterize,
@@ -241,11 +242,6 @@ class Moved(Posterior):
         z, log_det = self.move(reparameterize(self.mu, self.log_var, key=key))
         log_p = (log_prior or standard_log_prob)(z)
         return z, -gaussian_entropy(self.log_var) - log_det - log_p
-
-
-def standard_log_prob(z: Tensor) -> Tensor:
-    zero = z.new_zeros(1)
-    return gaussian_log_prob(z, zero, zero)
 
 
 # --- of a network's outputs -----------------------------------------------------------------------

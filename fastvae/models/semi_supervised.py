@@ -30,10 +30,11 @@ from torch import Generator, Tensor, nn
 from .. import random
 from ..data import Dataset, balanced_labels
 from ..estimators import Elbo, streaming_log_mean_exp
+from ..estimators.evidence import standard_log_prob
 from ..functional import categorical_kl, gaussian_log_prob, reparameterize
 from .base import LIKELIHOODS, Batch, Likelihood, Model, check_option, configured
 from .networks import ACTIVATIONS, mlp
-from .posterior import Gaussian, standard_log_prob
+from .posterior import Gaussian
 from .vae import VAE
 
 __all__ = ["M2"]

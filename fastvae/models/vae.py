@@ -17,11 +17,12 @@ from torch import Generator, Tensor, nn
 
 from .. import random
 from ..estimators import Elbo, streaming_log_mean_exp
+from ..estimators.evidence import standard_log_prob
 from ..flows.flow import Chain
 from .base import LIKELIHOODS, Batch, Model, check_option, configured, owned
 from .networks import mlp
 from .objective import OBJECTIVES
-from .posterior import POSTERIORS, Gaussian, Moved, Posterior, standard_log_prob
+from .posterior import POSTERIORS, Gaussian, Moved, Posterior
 from .prior import PRIORS, Prior
 
 __all__ = ["VAE"]
