@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
+def double():
+    """float64 by default, from one seed: for what is checked against exact numbers."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def threads():
     """Set the number of threads for one test: ``threads(4)``."""
     before = torch.get_num_threads()

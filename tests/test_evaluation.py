@@ -17,12 +17,7 @@ from fastvae import cli, evaluation, models
 D, L = 12, 3
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def generator() -> torch.Generator:

@@ -13,12 +13,7 @@ from fastvae import checkpoint, cli, models
 D, K = 5, 3
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def stirred(**options) -> models.NaiveBayes:

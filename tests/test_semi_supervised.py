@@ -16,12 +16,7 @@ from fastvae import checkpoint, cli, data, models, train
 D, C, L, N = 12, 3, 2, 30
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def m2(**options) -> models.M2:

@@ -15,12 +15,7 @@ from fastvae import checkpoint, cli, data, models
 D, UNITS = 4, 2
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def generator(seed: int = 0) -> torch.Generator:
