@@ -8,7 +8,7 @@ JSON: which model, which data, which settings, and how far the run is.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Settings:
     lr: float = 2e-3
     clip_norm: float | None = None
     warmup: int = 0  # epochs in which the weight of the KL divergence rises to 1
+    patience: int = 0  # epochs without a better validation score that end it; 0: any number
     seed: int = 0
 
 
@@ -50,6 +51,8 @@ class Header:
     step: int
     batch: int  # minibatches done of the epoch that ``order`` shuffles
     epoch: int  # epochs done
+    best: float | None = None  # the highest validation score so far, if any was taken
+    best_epoch: int = 0  # the epochs it was reached after
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def _parse(values: dict[str, Any]) -> Header:
     version = values.pop("format")
     if version != _FORMAT:
         raise ValueError(f"format {version}, not {_FORMAT}")
-    missing = {field.name for field in fields(Header)} - values.keys()
+    required = {field.name for field in fields(Header) if field.default is MISSING}
+    missing = required - values.keys()
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))}")
     values["settings"] = Settings(**values["settings"])

@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +52,7 @@ _CONFIG = (
     "prior_size", "objective", "num_samples", "beta", "free_bits", "inference", "refine_steps",
     "num_labels", "alpha",
 )  # fmt: skip
-_SETTINGS = ("data", "batch_size", "lr", "clip_norm", "warmup", "seed")
+_SETTINGS = tuple(field.name for field in fields(Settings))
 
 
 class _UsageError(Exception):
@@ -152,6 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=_positive, help=f"Adam's first learning rate; default: {default.lr:g}")
     add("--clip-norm", type=_positive, metavar="X", help="clip gradients; default: off")
     add("--warmup", type=_count, metavar="N", help="epochs in which the KL's weight rises to 1")
+    add(
+        "--patience",
+        type=_count,
+        metavar="N",
+        help="end after N epochs without a better validation score, and take the best one",
+    )
     add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
     add = train_parser.add_argument_group("how long, where, and what comes out").add_argument
     add(
@@ -357,14 +364,19 @@ def _run(
 def _report(trainer: train.Trainer, out: Path, importance_samples: int) -> None:
     """Score and draw what has been trained."""
     dataset = trainer.data
-    trainer.model.eval()
-    evaluation = train.evaluate(trainer.model, dataset, importance_samples, trainer.device)
+    model = train.best_model(trainer, out / _CHECKPOINT)
+    written = [("picture", _PICTURE), ("results", _RESULTS), ("checkpoint", _CHECKPOINT)]
+    if trainer.best is not None:
+        print(f"the best of {trainer.epoch} epochs: {trainer.best_epoch}")
+        written.append(("the best", train.BEST))
+    evaluation = train.evaluate(model, dataset, importance_samples, trainer.device)
     print(f"\n{evaluation}\n")
-    title = f"{trainer.name} on {dataset.name} after {trainer.epoch} epochs: "
+    epochs = trainer.epoch if trainer.best is None else trainer.best_epoch
+    title = f"{trainer.name} on {dataset.name} after {epochs} epochs: "
     title += f"test ELBO {evaluation.elbo:.2f} nats"
-    train.picture(out / _PICTURE, trainer.model, dataset, title, trainer.device)
+    train.picture(out / _PICTURE, model, dataset, title, trainer.device)
     train.save_results(out / _RESULTS, trainer, evaluation)
-    for label, name in (("picture", _PICTURE), ("results", _RESULTS), ("checkpoint", _CHECKPOINT)):
+    for label, name in written:
         print(f"{label:<11} {out / name}")
 
 

@@ -38,7 +38,22 @@ class Stage:
     epochs: int
     config: dict[str, Any]
     settings: dict[str, Any]
+    family: str  # the table it is written in
     features: str | None = None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A stage as far as its epochs, or the time, went."""
+
+    trainer: train.Trainer
+    model: models.Model  # of the best epoch, if that was looked for
+    seconds: float
+
+    @property
+    def how_far(self) -> dict[str, Any]:
+        best = self.trainer.best_epoch or None
+        return {"epochs": self.trainer.epoch, "best_epoch": best, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,6 @@ class Recipe:
     classifier: str | None = None
     num_labels: int | None = None
 
-    @property
-    def family(self) -> str:
-        """The table's name in the file."""
-        return self.name.removesuffix(f"-{self.num_labels}")
-
 
 def recipes() -> dict[str, Recipe]:
     """All rows by name.
@@ -71,8 +81,10 @@ def recipes() -> dict[str, Recipe]:
     """
     tables = tomllib.loads((Path(__file__).parent / "recipes.toml").read_text())
     found: dict[str, Recipe] = {}
+    written: dict[str, tuple[Stage, ...]] = {}
     for name, table in tables.items():
-        stages = tuple(Stage(**stage) for stage in table.pop("stage"))
+        stages = tuple(Stage(**stage, family=name) for stage in table.pop("stage"))
+        stages = written[name] = written.get(table.pop("after", None), ()) + stages
         published, deviation = table.pop("published"), table.pop("deviation", None)
         if not isinstance(published, dict):
             found[name] = Recipe(
@@ -130,12 +142,10 @@ def run(
         trained = _train(row, out, seed, epochs, deadline, root, device)
         if trained is None:
             return None
-        how_far = {
-            stage: {"epochs": one.epoch, "seconds": seconds}
-            for stage, (one, seconds) in trained.items()
+        training = {
+            stage.name: done.how_far for stage, done in zip(row.stages, trained, strict=True)
         }
-        last, _ = trained[row.stages[-1].name]
-        results.append({"seed": seed, **_score(row, last, seed), "training": how_far})
+        results.append({"seed": seed, **_score(row, trained[-1], seed), "training": training})
         values = [one["value"] for one in results]
         record = {
             **{key: value for key, value in asdict(row).items() if key != "stages"},
@@ -160,14 +170,14 @@ def _train(
     deadline: float,
     root: Path | None,
     device: str,
-) -> dict[str, tuple[train.Trainer, float]] | None:
-    """Every stage as far as its epochs, or the time, go; and the seconds that it took in all."""
-    trained: dict[str, tuple[train.Trainer, float]] = {}
+) -> list[_Trained] | None:
+    """Every stage; None if Ctrl-C stopped one."""
+    trained: dict[str, _Trained] = {}
     for stage in row.stages:
         settings = Settings(**{"seed": seed, **stage.settings})
         dataset = data.load(settings.data, root)
         own = row.num_labels is not None and stage.model == "m2"  # other rows share what is before
-        folder = out / (row.name if own else row.family) / f"seed-{seed}" / stage.name
+        folder = out / (row.name if own else stage.family) / f"seed-{seed}" / stage.name
         path = folder / "checkpoint.safetensors"
         if path.exists():
             trainer = train.Trainer.resume(path, dataset, device)
@@ -176,23 +186,23 @@ def _train(
             if own:
                 config["num_labels"] = row.num_labels
             if stage.features:
-                config["base"] = trained[stage.features][0].model.config
+                config["base"] = trained[stage.features].model.config
             trainer = train.Trainer(stage.model, config, dataset, settings, device)
             if stage.features:
-                m1, _ = trained[stage.features]
-                trainer.model.base.load_state_dict(m1.model.state_dict())  # type: ignore[union-attr]
+                m1 = trained[stage.features].model
+                trainer.model.base.load_state_dict(m1.state_dict())  # type: ignore[union-attr]
         wanted = stage.epochs if epochs is None else epochs
         left = (deadline - time.monotonic()) / 60
-        if trainer.epoch < wanted and left > 0:
+        if trainer.epoch < wanted and left > 0 and not trainer.exhausted:
             limit, start = None if math.isinf(left) else left, time.monotonic()
             finished = train.fit(trainer, path, epochs=wanted, minutes=limit)
             spent = _seconds(folder) + time.monotonic() - start
             files.write_atomically(folder / "seconds", f"{spent:.3f}\n".encode())
             if not finished:
                 return None
-        trainer.model.eval()
-        trained[stage.name] = trainer, _seconds(folder)
-    return trained
+        model = train.best_model(trainer, path)
+        trained[stage.name] = _Trained(trainer, model, _seconds(folder))
+    return list(trained.values())
 
 
 def _seconds(folder: Path) -> float:
@@ -201,15 +211,16 @@ def _seconds(folder: Path) -> float:
     return float(path.read_text()) if path.exists() else 0.0
 
 
-def _score(row: Recipe, last: train.Trainer, seed: int) -> dict[str, Any]:
+def _score(row: Recipe, last: _Trained, seed: int) -> dict[str, Any]:
+    model, dataset = last.model, last.trainer.data
     if row.classifier is not None:
         assert row.num_labels is not None
-        assert isinstance(last.model, models.VAE)
+        assert isinstance(model, models.VAE)
         error = evaluation.few_label_error(
-            last.model, last.data, row.num_labels, row.classifier, seed=seed
+            model, dataset, row.num_labels, row.classifier, seed=seed
         )
         return {"value": 100 * error}
-    found = train.evaluate(last.model, last.data, row.importance_samples, last.device)
+    found = train.evaluate(model, dataset, row.importance_samples, last.trainer.device)
     print(found, flush=True)
     value = {"error": found.error, "nll": found.log_likelihood, "bound": found.elbo}[row.metric]
     assert value is not None

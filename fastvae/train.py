@@ -36,12 +36,14 @@ __all__ = [
     "Evaluation",
     "Trainer",
     "TrainingDiverged",
+    "best_model",
     "evaluate",
     "fit",
     "picture",
     "save_results",
 ]
 
+BEST = "best.safetensors"  # beside a checkpoint: the one of the best epoch
 _EVALUATION_SEED = 20140416
 _CHECKPOINT_SECONDS = 30.0
 
@@ -66,6 +68,7 @@ class Trainer:
         step: steps done.
         epoch: epochs done.
         batch: steps done of the epoch in progress.
+        best: the highest score of :meth:`validate`, after ``best_epoch`` epochs; None without one.
 
     >>> data = fastvae.data.load("digits")
     >>> settings = fastvae.train.Settings(lr=3e-3)
@@ -99,7 +102,8 @@ class Trainer:
         self.generator = Generator(self.device).manual_seed(settings.seed)
         self.model.prepare(self.data, self.generator)
         self.optimizer = torch.optim.Adam(self._learnt().values(), lr=settings.lr, fused=True)
-        self.step = self.epoch = self.batch = 0
+        self.step = self.epoch = self.batch = self.best_epoch = 0
+        self.best: float | None = None
         self.order = torch.empty(0, dtype=torch.int64)
 
     def _learnt(self) -> dict[str, torch.nn.Parameter]:
@@ -147,6 +151,25 @@ class Trainer:
             self.batch, self.epoch = 0, self.epoch + 1
         return elbo, recon, kl
 
+    def validate(self) -> bool:
+        """Score the model on the validation images; returns whether it never did better.
+
+        The score is log p(x) by as many importance samples as training has (one: the ELBO), with
+        noise of a fixed seed, so that it is what is maximised, less overfitting.
+        """
+        num_samples = self.model.config.get("num_samples") or 1
+        score = _mean_log_likelihood(self.model, self.data.valid, num_samples, quiet=True)
+        if self.best is not None and not score > self.best:
+            return False
+        self.best, self.best_epoch = score, self.epoch
+        return True
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether ``patience`` epochs have passed since the best one."""
+        patience = self.settings.patience
+        return patience > 0 and self.epoch - self.best_epoch >= patience
+
     def _diverged(self, step: int, what: str) -> TrainingDiverged:
         epoch = math.ceil(step / self.batches)
         return TrainingDiverged(
@@ -174,6 +197,8 @@ class Trainer:
             step=self.step,
             batch=self.batch,
             epoch=self.epoch,
+            best=self.best,
+            best_epoch=self.best_epoch,
         )
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self._learnt().items():
@@ -228,6 +253,7 @@ class Trainer:
         self.generator.set_state(stored.tensors["generator"])
         self.order = stored.tensors["order"].to(self.device)
         self.step, self.batch, self.epoch = header.step, header.batch, header.epoch
+        self.best, self.best_epoch = header.best, header.best_epoch
         if self.batch and len(self.order) != len(self.data.train):
             raise ValueError(f"it shuffles {len(self.order)} images, not {len(self.data.train)}")
 
@@ -255,6 +281,9 @@ def fit(
     trainer: Trainer, path: Path, *, epochs: int | None = None, minutes: float | None = None
 ) -> bool:
     """Train until ``epochs`` are done in all, or ``minutes`` have passed in this call.
+
+    Or, if the settings have ``patience``, until so many epochs were no better than the best: that
+    one's checkpoint is beside ``path``, for :func:`best_model`.
 
     Shows a progress bar on a terminal, prints a line after epochs 1, 2, 5, 10, 20, 50 and so on,
     and writes a checkpoint to ``path`` at the start, after epochs at most twice a minute, at the
@@ -288,7 +317,11 @@ def fit(
         leave=False,
     )
     with bar, _interruptible() as interrupted:
-        while trainer.epoch < last_epoch and time.monotonic() < deadline and not interrupted():
+        while (
+            trainer.epoch < last_epoch
+            and time.monotonic() < deadline
+            and not (trainer.exhausted or interrupted())
+        ):
             batch_size = trainer.settings.batch_size
             count = min(batch_size, size - trainer.batch * batch_size)  # the last batch is smaller
             elbo, _, kl = trainer.train_step()
@@ -306,11 +339,26 @@ def fit(
                     f"KL {kl_sum / seen:6.2f}   valid ELBO {valid:9.2f}"
                 )
             elbo_sum, kl_sum, seen = 0.0, 0.0, 0
+            if trainer.settings.patience and trainer.validate():
+                trainer.save(path.with_name(BEST))
             if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 trainer.save(path)
                 saved = time.monotonic()
         trainer.save(path)
         return not interrupted()
+
+
+def best_model(trainer: Trainer, path: Path) -> models.Model:
+    """What is to be scored of a run with its checkpoint at ``path``, in eval mode.
+
+    The model of the best epoch where the settings have ``patience``, else as training left it.
+
+    Raises:
+        CheckpointError: if the best one cannot be read.
+    """
+    if trainer.best is None:
+        return trainer.model.eval()
+    return checkpoint.read_model(path.with_name(BEST)).to(trainer.device)
 
 
 @dataclass(frozen=True)
@@ -376,15 +424,21 @@ def evaluate(
     elbo, recon, kl = _mean_elbo(model, test)
     log_likelihood = None
     if num_samples:
-        generator = Generator(test.device).manual_seed(_EVALUATION_SEED)
-        bar = require("tqdm").tqdm(
-            torch.split(test, 100), desc="log-likelihood", disable=None, leave=False
-        )
-        log_p = [model.log_likelihood(x.float(), num_samples, generator=generator) for x in bar]
-        log_likelihood = float(torch.cat(log_p).double().mean())
+        log_likelihood = _mean_log_likelihood(model, test, num_samples)
     samples = 0 if model.exact else num_samples
     error = None if data.labels is None else _error(model, test, data.labels[2].to(device))
     return Evaluation(elbo, recon, kl, log_likelihood, samples, len(test), error)
+
+
+def _mean_log_likelihood(
+    model: models.Model, x: Tensor, num_samples: int, quiet: bool = False
+) -> float:
+    generator = Generator(x.device).manual_seed(_EVALUATION_SEED)
+    parts = torch.split(x, 1600 // min(num_samples, 16))
+    hide = True if quiet else None  # None: where the output is no terminal
+    bar = require("tqdm").tqdm(parts, desc="log-likelihood", disable=hide, leave=False)
+    log_p = [model.log_likelihood(part.float(), num_samples, generator=generator) for part in bar]
+    return float(torch.cat(log_p).double().mean())
 
 
 @torch.no_grad()
@@ -424,6 +478,7 @@ def save_results(path: Path, trainer: Trainer, evaluation: Evaluation) -> None:
         "config": trainer.model.config,
         "settings": asdict(trainer.settings),
         "epoch": trainer.epoch,
+        "best_epoch": trainer.best_epoch or None,
         "step": trainer.step,
         "test": asdict(evaluation),
     }

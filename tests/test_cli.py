@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -54,6 +55,21 @@ def test_train_prints_scores_and_leaves_its_files(capsys, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == names
     assert all(f"runs/vae-digits/{name}" in out for name in names)
     assert checkpoint.read(folder / "checkpoint.safetensors").header.epoch == 2
+
+
+def test_patience_takes_the_best_epoch(capsys, tmp_path):
+    argv = ("train", "vae", "--latent-dim", "2", "--hidden", "16", "--lr", "0.02")
+    assert main([*argv, "--patience", "2", "--epochs", "500", "--importance-samples", "0"]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "runs" / "vae-digits"
+    best = checkpoint.read(folder / "best.safetensors").header
+    assert best.epoch == best.best_epoch < 498
+    assert f"the best of {best.epoch + 2} epochs: {best.epoch}\n" in out
+    assert "runs/vae-digits/best.safetensors" in out
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["epoch"], results["best_epoch"]) == (best.epoch + 2, best.epoch)
+    text = refusal(capsys, "train", "vae", "--resume", "--patience", "3")
+    assert "--patience 3 is not the 2 of the run" in text
 
 
 def test_resume_goes_on_and_a_second_run_does_not_overwrite_the_first(capsys):

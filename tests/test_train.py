@@ -145,6 +145,47 @@ def test_fit_stops_when_its_minutes_are_over(digits, tmp_path):
         train.fit(trainer, tmp_path / "c")
 
 
+def test_training_ends_when_no_epoch_is_better_and_keeps_the_best(digits, tmp_path):
+    scores, trainer = [], make(digits, patience=4, lr=1e-2)
+    validate = trainer.validate
+
+    def record() -> bool:
+        better = validate()
+        scores.append(train._mean_log_likelihood(trainer.model, digits.valid, 1))
+        return better
+
+    trainer.validate = record
+    path = tmp_path / "c.safetensors"
+    assert train.fit(trainer, path, epochs=1000)
+    assert trainer.epoch == len(scores) < 1000
+    assert trainer.best == max(scores)
+    assert trainer.best_epoch == scores.index(max(scores)) + 1 == trainer.epoch - 4
+    model = train.best_model(trainer, path)
+    assert train._mean_log_likelihood(model, digits.valid, 1) == trainer.best
+    train.fit(trainer, path, epochs=1000)  # there is nothing left to do
+    assert trainer.epoch == len(scores)
+    # Stopped within an epoch and resumed, it finds the same.
+    stopped, other = make(digits, patience=4, lr=1e-2), tmp_path / "other.safetensors"
+    train.fit(stopped, other, epochs=3)
+    run(stopped, 5)
+    stopped.save(other)
+    resumed = Trainer.resume(other, digits)
+    train.fit(resumed, other, epochs=1000)
+    assert (resumed.best, resumed.best_epoch) == (trainer.best, trainer.best_epoch)
+    assert same(state(resumed), state(trainer))
+    (tmp_path / train.BEST).unlink()
+    with pytest.raises(CheckpointError, match=r"best\.safetensors is not a file"):
+        train.best_model(trainer, path)
+
+
+def test_without_patience_the_last_epoch_is_what_is_scored(digits, tmp_path):
+    trainer = make(digits)
+    train.fit(trainer, tmp_path / "c.safetensors", epochs=2)
+    assert train.best_model(trainer, tmp_path / "c.safetensors") is trainer.model
+    assert not trainer.model.training
+    assert not (tmp_path / train.BEST).exists()
+
+
 def test_the_learning_rate_falls_with_the_epochs(digits):
     trainer = make(digits, lr=1e-2, batch_size=2000)
     rates = []
