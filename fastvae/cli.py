@@ -142,9 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--beta", type=_positive, metavar="X", help="of the objectives beta and tc")
     add("--free-bits", type=_positive, metavar="X", help="nats for each dimension of z")
     add("--inference", choices=models.local.INFERENCES, help="of a local-vae; default: local")
-    add("--num-labels", type=_count, metavar="N", help="images of m2 with a label; default: 100")
+    add(
+        "--num-labels",
+        type=_count,
+        metavar="N",
+        help="of m2 and m1m2, images known; default: 100",
+    )
     add("--alpha", type=_positive, metavar="X", help="weight of m2's classifier; default: 0.1")
-    add("--features", type=Path, metavar="CHECKPOINT", help="of a VAE, M1, that m2 is a model of")
+    add("--features", type=Path, metavar="CHECKPOINT", help="of the VAE, M1, of an m1m2")
     add("--refine-steps", type=_count, metavar="K", help="of each image's own; default: 2")
     add = train_parser.add_argument_group(
         "what decides the course; a resumed run keeps it"
@@ -194,8 +199,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate_parser = commands.add_parser(
         "evaluate",
-        help="what a trained VAE loses of log p(x), and where",
-        description="What a trained VAE loses of log p(x), and where: its active units, the gaps "
+        help="what a trained model loses of log p(x), and where",
+        description="What a trained model loses of log p(x), and where: its active units, the gaps "
         "of amortised inference, log p(x) by annealing, and whether the intervals of q hold.",
     )
     evaluate_parser.set_defaults(run=_evaluate)
@@ -205,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=_count, metavar="N", default=500, help="of the test set; default: 500")
     add("--annealing-steps", type=_count, metavar="T", default=300, help="default: 300")
     add("--chains", type=_count, metavar="K", default=8, help="for each image; default: 8")
+    add("--device", help="cpu or cuda; default: cuda where fastvae has kernels for it")
     add("--out", type=Path, metavar="DIR", help="default: the checkpoint's folder")
 
     reproduce_parser = commands.add_parser(
@@ -311,16 +317,20 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         trainer = train.Trainer.resume(path, dataset, device)
     else:
         config = {k: v for k in _CONFIG if (v := getattr(args, k)) is not None}
-        features = None
+        m1 = None
+        if (args.model == "m1m2") != (args.features is not None):
+            raise _UsageError(f"--features goes with m1m2, which needs it; got {args.model}")
         if args.features is not None:
-            features = checkpoint.read(args.features)
-            config["base"] = features.build_model().config
+            m1 = checkpoint.read(args.features).build_model()
+            if type(m1) is not models.VAE:
+                raise _UsageError(f"--features must be a checkpoint of a vae, got {args.features}")
+            config["base"] = m1.config
         try:
             trainer = train.Trainer(args.model, config, dataset, settings, device)
         except ValueError as error:  # of options that are not for this model
             raise _UsageError(str(error)) from error
-        if features is not None and isinstance(trainer.model, models.M2) and trainer.model.base:
-            trainer.model.base.load_state_dict(features.part("model"))
+        if isinstance(trainer.model, models.M1M2) and m1 is not None:
+            trainer.model.base.load_state_dict(m1.state_dict())
     epochs = args.epochs or (None if args.minutes else 100)
     again = [*argv, *["--resume"] * (not args.resume)]
     return _run(trainer, args.out, epochs, args.minutes, args.importance_samples, again)
@@ -395,15 +405,17 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> int:
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     require("matplotlib")
     stored = checkpoint.read(args.checkpoint)
-    model, header = stored.build_model().eval().requires_grad_(False), stored.header
-    if not isinstance(model, models.VAE):
-        raise _UsageError(f"evaluate takes a VAE, or what is made of one, not {header.model}")
-    test = data.load(header.settings.data, args.root).test
+    header, device = stored.header, _device(args.device)
+    model = stored.build_model().eval().requires_grad_(False).to(device)
+    if not isinstance(model, models.Continuous):
+        raise _UsageError(f"evaluate takes models whose z is continuous, not {header.model}")
+    test = data.load(header.settings.data, args.root).test.to(device)
     spread = torch.linspace(0, len(test) - 1, min(args.images, len(test))).long()
-    x, generator = test[spread].float(), torch.Generator().manual_seed(0)
+    x, generator = test[spread].float(), torch.Generator(device).manual_seed(0)
     out = args.out or args.checkpoint.parent
 
-    active = evaluation.active_units(model, test.float())
+    means = evaluation.posterior_means(model, test)
+    active = evaluation.active_units(means)
     print(f"active units         {int(active.sum()):6d} of {len(active)}", flush=True)
     results: dict[str, object] = {"images": len(x), "active_units": int(active.sum())}
     if isinstance(model.posterior(x[:1]), Gaussian):
@@ -424,7 +436,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     results["calibration"] = held
     for level, share in held.items():
         print(f"{100 * level:.0f} % intervals       {100 * share:9.1f} % hold the z of an image")
-    panels = [("one dimension of z a row", evaluation.traversals(model, test.float()))]
+    panels = [("one dimension of z a row", evaluation.traversals(model, means))]
     path = out / "traversals.png"
     title = f"{header.model} on {header.settings.data}"
     pictures.save(path, title, panels, header.image_shape, columns=10)

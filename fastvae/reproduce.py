@@ -176,7 +176,7 @@ def _train(
     for stage in row.stages:
         settings = Settings(**{"seed": seed, **stage.settings})
         dataset = data.load(settings.data, root)
-        own = row.num_labels is not None and stage.model == "m2"  # other rows share what is before
+        own = issubclass(models.MODELS[stage.model], models.M2)  # rows share what has no labels
         folder = out / (row.name if own else stage.family) / f"seed-{seed}" / stage.name
         path = folder / "checkpoint.safetensors"
         if path.exists():
@@ -188,9 +188,8 @@ def _train(
             if stage.features:
                 config["base"] = trained[stage.features].model.config
             trainer = train.Trainer(stage.model, config, dataset, settings, device)
-            if stage.features:
-                m1 = trained[stage.features].model
-                trainer.model.base.load_state_dict(m1.state_dict())  # type: ignore[union-attr]
+            if stage.features and isinstance(trainer.model, models.M1M2):
+                trainer.model.base.load_state_dict(trained[stage.features].model.state_dict())
         wanted = stage.epochs if epochs is None else epochs
         left = (deadline - time.monotonic()) / 60
         if trainer.epoch < wanted and left > 0 and not trainer.exhausted:

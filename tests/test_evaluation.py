@@ -56,6 +56,60 @@ def test_annealing_agrees_with_importance_sampling_for_any_q_and_prior(options):
     assert upper - lower < 0.1
 
 
+def m2() -> models.M2:
+    return models.M2(D, 30, num_labels=3, classes=3, latent_dim=L, hidden=(8,))
+
+
+def m1m2() -> models.M1M2:
+    base = models.VAE(D, L, hidden=(8,)).config
+    return models.M1M2(D, 30, base, num_labels=3, classes=3, latent_dim=2, hidden=(8,))
+
+
+@pytest.mark.parametrize("make", [m2, m1m2])
+def test_annealing_of_a_model_with_classes_sums_over_them(make):
+    """And so do importance samples: of p(z), of q(z | x), and of z for every class."""
+    model, x = make(), images()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        wide = [(model.encoder.rest[-1], model.style_dim)]  # of log_var, from where on
+        if make is m1m2:
+            wide.append((model.base.encoder[-1], L))
+        for layer, start in wide:
+            layer.weight[start:] *= 0.3
+            layer.bias[start:] = 1.0
+        z = model.sample_prior(400_000, generator=generator())
+        log_p_x = model.log_p_x_given(x)
+        log_p = torch.cat(
+            [log_p_x(part.unsqueeze(1).expand(-1, 6, -1)) for part in z.split(20_000)]
+        )
+        known = fastvae.log_mean_exp(log_p.mT)
+        q, key = model.posterior(x), fastvae.random.key(0)
+        log_w = torch.cat([*q.log_weights(model.log_joint(x), 200_000, 20_000, key=key)])
+    torch.testing.assert_close(fastvae.log_mean_exp(log_w.mT), known, rtol=0, atol=0.05)
+    of_every = model.log_likelihood(x.repeat(100, 1), 2000, generator=generator()).view(100, -1)
+    torch.testing.assert_close(fastvae.log_mean_exp(of_every.mT), known, rtol=0, atol=0.05)
+    found = evaluation.annealed_log_likelihood(model, x, 200, 400, generator=generator())
+    torch.testing.assert_close(found, known, rtol=0, atol=0.05)
+    lower, upper = evaluation.bidirectional(model, 50, 60, 16, generator=generator())
+    assert lower < upper + 0.02
+    assert upper - lower < 0.1
+    mean = model.draw_given(z[:1].expand(20_000, -1), generator=generator()).mean(0)
+    torch.testing.assert_close(mean, model.mean_given(z[0]).detach(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("posterior", ["full", "diagonal"])
+def test_annealing_of_factor_analysis_is_exact(posterior):
+    model = models.FactorAnalysis(D, L, posterior=posterior)
+    with torch.no_grad():
+        model.theta += 0.5 * torch.randn_like(model.theta)
+    x = model.sample(6, generator=generator())
+    found = evaluation.annealed_log_likelihood(model, x, 300, 400, generator=generator())
+    torch.testing.assert_close(found, model.log_likelihood(x), rtol=0, atol=0.05)
+    lower, upper = evaluation.bidirectional(model, 50, 100, 16, generator=generator())
+    assert upper - lower < 0.1
+
+
 def test_intervals_hold_what_they_say_if_q_is_the_posterior():
     model = Linear()
     exact = evaluation.calibration(model, n=4000, generator=generator())
@@ -88,19 +142,19 @@ def test_units_that_say_nothing_are_not_active():
     with torch.no_grad():
         model.encoder[-1].weight[0] = 0.0
         model.encoder[-1].weight[1] *= 10.0
-    active = evaluation.active_units(model, x)
+    active = evaluation.active_units(evaluation.posterior_means(model, x))
     assert active.tolist()[:2] == [False, True]
 
 
 def test_traversals_change_one_dimension_a_row():
     model, x = models.VAE(D, L, hidden=(8,)), images()
-    made = evaluation.traversals(model, x, count=2, points=4)
     means = model.posterior(x).mean
+    made = evaluation.traversals(model, means, count=2, points=4)
     most = means.var(0).argsort(descending=True)
     z = means[0].clone()
     z[most[1]] = 2.5
     torch.testing.assert_close(made[7], model.decode(z)[0].sigmoid().detach())
-    assert evaluation.traversals(model, x, count=99).shape == (10 * L, D)
+    assert evaluation.traversals(model, means, count=99).shape == (10 * L, D)
 
 
 def test_evaluate_from_the_command_line(tmp_path, monkeypatch, capsys):
@@ -120,7 +174,7 @@ def test_evaluate_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert Path("runs/vae-digits/traversals.png").stat().st_size > 1000
     assert cli.main(["train", "naive-bayes", "--epochs", "1", "--importance-samples", "0"]) == 0
     assert cli.main(["evaluate", "runs/naive-bayes-digits/checkpoint.safetensors"]) == 2
-    assert "evaluate takes a VAE" in capsys.readouterr().err
+    assert "evaluate takes models whose z is continuous, not naive-bayes" in capsys.readouterr().err
     assert cli.main(["evaluate", "nothing"]) == 2
 
 

@@ -114,7 +114,7 @@ def test_unseen_images_are_climbed_to_with_or_without_gradients(inference, prior
     assert torch.equal(q.mu, model.posterior(x).mu)
     g = torch.Generator().manual_seed(0)
     before, after = (
-        torch.cat([*model.log_weights(x, each, 2000, key=key())]).mean()
+        torch.cat([*each.log_weights(model.log_joint(x), 2000, 16, key=key())]).mean()
         for each in (model._start(x), q)
     )
     assert after > before

@@ -35,7 +35,7 @@ def test_a_recipe_can_be_built(name):
         config = dict(stage.config)
         of_data = {"data_dim": 784, "likelihood": "bernoulli", "dataset_size": 50_000}
         own = {key: of_data[key] for key in models.MODELS[stage.model].of_data}
-        if stage.model == "m2":
+        if recipe.num_labels and stage.model in ("m2", "m1m2"):
             config["num_labels"] = recipe.num_labels
         if stage.features:
             config["base"] = built[stage.features].config
@@ -100,7 +100,7 @@ def test_ctrl_c_keeps_the_time_that_was_spent(tmp_path, monkeypatch):
 def test_stages_share_what_comes_before_the_labels(tmp_path):
     stages = (
         Stage("m1", "vae", 1, VAE, {"data": "digits"}, "first"),
-        Stage("m2", "m2", 1, M2, {"data": "digits"}, "both", features="m1"),
+        Stage("m2", "m1m2", 1, M2, {"data": "digits"}, "both", features="m1"),
     )
     for labels in (20, 50):
         given = {"stages": stages, "metric": "error", "num_labels": labels}
@@ -125,9 +125,26 @@ def test_a_classifier_of_latents(tmp_path, classifier):
     assert 0 < record["ours"] < 50  # by chance: 90
 
 
+def test_labels_spread_along_what_is_connected(monkeypatch):
+    """Of ten rings within each other, with two labels for each."""
+    monkeypatch.setattr(evaluation, "posterior_means", lambda _, x: x)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(4000) % 10
+    angle = 2 * torch.pi * torch.rand(4000, generator=generator)
+    x = (1.0 + y).unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1)
+    rings = data.Dataset("rings", x, x, x, (1, 2), "gaussian", "none", (y, y, y))
+    error = {
+        name: evaluation.few_label_error(None, rings, 20, name) for name in evaluation.CLASSIFIERS
+    }
+    assert error["spread"] < 0.25  # the SVM at its end blurs the inner rings
+    assert min(error["svm"], error["linear"]) > 0.6
+
+
 def test_classifiers_refuse_what_they_cannot():
     model, digits = models.VAE(64, latent_dim=2, hidden=(4,)), data.load("digits")
-    with pytest.raises(ValueError, match="classifier must be one of linear, svm, got 'oracle'"):
+    with pytest.raises(
+        ValueError, match="classifier must be one of linear, svm, spread, got 'oracle'"
+    ):
         evaluation.few_label_error(model, digits, 100, "oracle")
     with pytest.raises(ValueError, match="as many of each of 10 classes, got 105"):
         evaluation.few_label_error(model, digits, 105)

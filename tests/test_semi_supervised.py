@@ -24,9 +24,10 @@ def m2(**options) -> models.M2:
     return models.M2(D, N, **options)
 
 
-def stacked(**options) -> models.M2:
+def m1m2(**options) -> models.M1M2:
     vae = models.VAE(D, 4, hidden=(8,), **options)
-    model = m2(base=vae.config)
+    few = {"num_labels": 6, "classes": C, "latent_dim": L, "hidden": (8, 5)}
+    model = models.M1M2(D, N, vae.config, **few)
     model.base.load_state_dict(vae.state_dict())
     return model
 
@@ -131,7 +132,7 @@ def test_data_that_cannot_be_labelled():
         m2().prepare(dataset(4), generator())
 
 
-@pytest.mark.parametrize("make", [m2, stacked])
+@pytest.mark.parametrize("make", [m2, m1m2])
 def test_bounds_are_in_order(make):
     model, x = make(), images()
     with torch.no_grad():
@@ -155,18 +156,16 @@ def test_the_density_sums_to_one():
 
 
 def test_m1_is_not_learnt_and_lends_its_latents():
-    model, x = stacked(posterior="full"), images()
+    model, x = m1m2(posterior="full"), images()
     assert not any(p.requires_grad for p in model.base.parameters())
-    f, log_ratio = model.features(x, key=fastvae.random.key(1))
+    f = model.features(x, key=fastvae.random.key(1))
     assert f.shape == (6, 4)
-    z, log_q = model.base.posterior(x).draw(key=fastvae.random.key(1))
-    torch.testing.assert_close(f, z)
-    torch.testing.assert_close(log_ratio, model.base.log_p_x_given(x)(z) - log_q)
+    torch.testing.assert_close(f, model.base.posterior(x).draw(key=fastvae.random.key(1))[0])
     assert model.classify(x).shape == (6, C)
     torch.testing.assert_close(model.classify(x), model.classifier(model.base.posterior(x).mean))
 
 
-@pytest.mark.parametrize("make", [m2, stacked])
+@pytest.mark.parametrize("make", [m2, m1m2])
 def test_pictures(make):
     model, x = make(), images()
     assert model.sample(7, generator=generator()).shape == (7, D)
@@ -222,6 +221,33 @@ def test_wrong_options_raise(options, message):
         m2(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_dim": 5}, "base must have the data_dim of the data, got 12 and 5"),
+        ({"likelihood": "gaussian"}, "base must have the likelihood of the data"),
+        ({"num_labels": 7}, "as many of each class, .* got 7"),
+    ],
+)
+def test_m1_must_be_of_the_same_images(options, message):
+    base = models.VAE(D, 4, hidden=(8,)).config
+    with pytest.raises(ValueError, match=f"M1M2: .*{message}"):
+        models.M1M2(**{"data_dim": D, "dataset_size": N, "base": base, **options})
+
+
+def test_m1_may_have_a_posterior_of_parts():
+    """Of which one by chance is taken: a sample of the mixture."""
+    model, x = m1m2(posterior="mixture", posterior_size=C), images(1)
+    with torch.no_grad():
+        model.base.encoder[-1].bias[8::9] += torch.tensor([0.0, 1.0, 2.0])
+    f = model.features(x.expand(20_000, -1), key=fastvae.random.key(0))
+    q = model.base.posterior(x)
+    torch.testing.assert_close(f.mean(0), q.mean[0], rtol=0, atol=0.03)
+    second = q.average(q.mu**2 + q.log_var.exp())[0]
+    torch.testing.assert_close((f**2).mean(0), second, rtol=0, atol=0.06)
+    assert model.elbo(x, generator=generator()).elbo.shape == (1,)
+
+
 def test_trains_from_the_command_line_alone_and_on_m1(tmp_path, monkeypatch, capsys):
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
@@ -235,7 +261,7 @@ def test_trains_from_the_command_line_alone_and_on_m1(tmp_path, monkeypatch, cap
 
     assert cli.main(["train", "vae", *quick, "--latent-dim", "5", "--epochs", "2"]) == 0
     m1 = "runs/vae-digits/checkpoint.safetensors"
-    both = ["train", "m2", *quick, *labels, "--features", m1]
+    both = ["train", "m1m2", *quick, *labels, "--features", m1]
     assert cli.main([*both, "--epochs", "2", "--out", "whole"]) == 0
     assert cli.main([*both, "--epochs", "1", "--out", "parts"]) == 0
     assert cli.main([*both, "--epochs", "2", "--out", "parts", "--resume"]) == 0
@@ -250,4 +276,9 @@ def test_trains_from_the_command_line_alone_and_on_m1(tmp_path, monkeypatch, cap
     assert cli.main(["train", "m2", "--num-labels", "55", "--out", "x"]) == 2
     assert "as many of each class" in capsys.readouterr().err
     assert cli.main(["train", "vae", "--features", m1, "--out", "x"]) == 2
-    assert "cannot be built" in capsys.readouterr().err
+    assert "--features goes with m1m2, which needs it; got vae" in capsys.readouterr().err
+    assert cli.main(["train", "m1m2", "--out", "x"]) == 2
+    assert "--features goes with m1m2, which needs it" in capsys.readouterr().err
+    assert cli.main(["train", "m1m2", "--features", str(path), "--out", "x"]) == 2
+    assert "must be a checkpoint of a vae, got " in capsys.readouterr().err
+    assert cli.main([*both, "--data", "mnist", "--out", "x"]) == 2

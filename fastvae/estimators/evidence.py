@@ -28,6 +28,10 @@ class Elbo(NamedTuple):
     recon: Tensor
     kl: Tensor
 
+    def weighted(self, kl_weight: float) -> Elbo:
+        """``recon - kl_weight * kl``, and the terms as they are: beta-VAE, warm-up."""
+        return Elbo(self.recon - kl_weight * self.kl, self.recon, self.kl)
+
 
 def gaussian_entropy(log_var: Tensor, *, parameterization: str = "log_var") -> Tensor:
     r"""Differential entropy of a diagonal Gaussian, summed over the last dimension.

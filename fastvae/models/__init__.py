@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import LIKELIHOODS, Batch, Elbo, Likelihood, Model
+from .base import LIKELIHOODS, Batch, Continuous, Elbo, Likelihood, Model
 from .dlgm import DLGM
 from .factor_analysis import FactorAnalysis
 from .local import LocalVAE
+from .m1m2 import M1M2
+from .m2 import M2
 from .naive_bayes import NaiveBayes
 from .networks import ACTIVATIONS
 from .objective import OBJECTIVES
 from .posterior import POSTERIORS
 from .prior import PRIORS
-from .semi_supervised import M2
 from .sigmoid_belief import SigmoidBelief
 from .vae import VAE
 
@@ -26,6 +27,7 @@ __all__ = [
     "ACTIVATIONS",
     "DLGM",
     "LIKELIHOODS",
+    "M1M2",
     "M2",
     "MODELS",
     "OBJECTIVES",
@@ -33,6 +35,7 @@ __all__ = [
     "PRIORS",
     "VAE",
     "Batch",
+    "Continuous",
     "Elbo",
     "FactorAnalysis",
     "Likelihood",
@@ -50,6 +53,7 @@ MODELS: dict[str, type[Model]] = {
     "factor-analysis": FactorAnalysis,
     "naive-bayes": NaiveBayes,
     "m2": M2,
+    "m1m2": M1M2,
     "sbn": SigmoidBelief,
 }
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..estimators import Elbo
+from .. import random
+from ..estimators import Elbo, streaming_log_mean_exp
+from ..estimators.evidence import standard_log_prob
 from ..functional import bernoulli_log_prob, gaussian_log_prob, reparameterize
 
 if TYPE_CHECKING:
     from ..data import Dataset
+    from .posterior import Posterior
 
-__all__ = ["LIKELIHOODS", "Batch", "Elbo", "Likelihood", "Model"]
+__all__ = ["LIKELIHOODS", "Batch", "Continuous", "Elbo", "Likelihood", "Model"]
 
 
 class Batch(NamedTuple):
@@ -127,12 +130,15 @@ class Model(nn.Module, ABC):
         Args:
             kl_weight: of the divergence, which training may raise slowly to 1 (warm-up).
         """
-        bound = self.elbo(batch.x, generator=generator)
-        if kl_weight == 1.0:
-            return bound
-        return Elbo(bound.recon - kl_weight * bound.kl, bound.recon, bound.kl)
+        return self.elbo(batch.x, generator=generator).weighted(kl_weight)
 
     @abstractmethod
+    def log_weights(
+        self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None
+    ) -> Iterator[Tensor]:
+        """log p(x, z) - log q(z | x) of draws of q, ``[K, B]`` in parts of ``chunk``."""
+
+    @torch.no_grad()
     def log_likelihood(
         self,
         x: Tensor,
@@ -141,7 +147,19 @@ class Model(nn.Module, ABC):
         *,
         generator: Generator | None = None,
     ) -> Tensor:
-        """An importance-sampled estimate of log p(x), in nats, ``[B]``."""
+        """Importance-sampled log p(x), in nats, ``[B]``, or log p(x) itself of an exact model.
+
+        ``chunk`` samples of all rows of x, ``[B, D]``, are held at a time.
+
+        >>> model = fastvae.models.VAE(784)
+        >>> model.log_likelihood(torch.rand(16, 784), num_samples=64).shape
+        torch.Size([16])
+        """
+        for what, value in (("num_samples", num_samples), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}: {what} must be positive, got {value}")
+        weights = self.log_weights(x, num_samples, chunk, generator=generator)
+        return streaming_log_mean_exp(weights)
 
     def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """``n`` draws of z from N(0, I), where and as the parameters are, ``[n, latent_dim]``."""
@@ -157,6 +175,57 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def reconstruct(self, x: Tensor) -> Tensor:
         """Each image decoded again from what the model keeps of it, ``[B, D]``."""
+
+
+class Continuous(Model):
+    """A model whose z is a vector of reals: with a density p(x, z) that has a slope in z."""
+
+    @abstractmethod
+    def posterior(self, x: Tensor) -> Posterior:
+        """q(z | x) of images ``[B, D]``."""
+
+    @abstractmethod
+    def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """z to log p(x | z), one number per row of z."""
+
+    @abstractmethod
+    def mean_given(self, z: Tensor) -> Tensor:
+        """The mean of p(x | z), ``[..., D]``."""
+
+    @abstractmethod
+    def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """x of p(x | z), ``[..., D]``."""
+
+    @property
+    def log_prior(self) -> Callable[[Tensor], Tensor] | None:
+        """z to log p(z); None if that is N(0, I)."""
+        return None
+
+    def log_joint(self, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """z to log p(x | z) and log p(z)."""
+        log_p_x, log_prior = self.log_p_x_given(x), self.log_prior or standard_log_prob
+        return lambda z: (log_p_x(z), log_prior(z))
+
+    def log_weights(
+        self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None
+    ) -> Iterator[Tensor]:
+        key = random.from_generator(generator, x.device)
+        return self.posterior(x).log_weights(self.log_joint(x), num_samples, chunk, key=key)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
+        """The means of p(x | z) for ``n`` draws of z from p(z), ``[n, D]``.
+
+        >>> model = fastvae.models.VAE(784)
+        >>> model.sample(9).shape
+        torch.Size([9, 784])
+        """
+        return self.mean_given(self.sample_prior(n, generator=generator))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The means of p(x | z) at the mean of q(z | x), ``[B, D]``; the mean moved, of a flow."""
+        return self.mean_given(self.posterior(x).mean)
 
 
 # --- checks ---------------------------------------------------------------------------------------

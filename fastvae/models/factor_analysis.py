@@ -19,12 +19,13 @@ if C is diagonal. As all is linear and Gaussian, nothing of z is sampled:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
-from ..estimators import Elbo, streaming_log_mean_exp
+from ..estimators import Elbo
 from ..functional import (
     gaussian_kl,
     gaussian_log_prob,
@@ -32,14 +33,15 @@ from ..functional import (
     reparameterize,
     reparameterize_kl,
 )
-from .base import Model, configured
+from .base import Continuous, configured
+from .posterior import Full, Gaussian
 
 __all__ = ["FactorAnalysis"]
 
 POSTERIORS = ("full", "diagonal")
 
 
-class FactorAnalysis(Model):
+class FactorAnalysis(Continuous):
     """Factors z, of which x is a linear function and noise of a variance for each column.
 
     Args:
@@ -90,7 +92,7 @@ class FactorAnalysis(Model):
                 "FactorAnalysis: prior_scale and dataset_size must be positive, got "
                 f"{prior_scale} and {dataset_size}"
             )
-        self.data_dim, self.latent_dim, self.posterior = data_dim, latent_dim, posterior
+        self.data_dim, self.latent_dim = data_dim, latent_dim
         self.prior_scale, self.dataset_size = prior_scale, dataset_size
         self.exact = prior_scale is None
         # theta in units of its prior: theta_0, theta_1 row by row, theta_2
@@ -109,7 +111,7 @@ class FactorAnalysis(Model):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of q(z | x), ``[B, L]``, and its triangle C, ``[L, L]``, the same for all x."""
         c = self.log_scale
-        if self.posterior == "diagonal":
+        if self.config["posterior"] == "diagonal":
             return self.recognition(x), c.exp().diag()
         return self.recognition(x), c.tril(-1) + c.diagonal().exp().diag()
 
@@ -130,7 +132,7 @@ class FactorAnalysis(Model):
         mu, scale_tril = self.encode(x)
         spread = ((loading @ scale_tril).square().sum(-1) * torch.exp(-log_var)).sum()
         recon = gaussian_log_prob(x, offset + mu @ loading.mT, log_var) - 0.5 * spread
-        if self.posterior == "full":
+        if self.config["posterior"] == "full":
             kl = gaussian_tril_kl(mu, scale_tril)
         else:
             kl = gaussian_kl(mu, 2.0 * self.log_scale)
@@ -145,27 +147,19 @@ class FactorAnalysis(Model):
         mean = torch.linalg.solve(precision, ((x - offset) @ gain).unsqueeze(-1)).squeeze(-1)
         return MultivariateNormal(mean, precision_matrix=precision)
 
-    @torch.no_grad()
-    def log_likelihood(
-        self,
-        x: Tensor,
-        num_samples: int = 128,
-        chunk: int = 16,
-        *,
-        generator: Generator | None = None,
-    ) -> Tensor:
-        r"""log N(x; theta_0, theta_1 theta_1' + e^theta_2), exact, in nats, ``[B]``.
+    def log_weights(
+        self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None
+    ) -> Iterator[Tensor]:
+        r"""log N(x; theta_0, theta_1 theta_1' + e^theta_2), exact, ``[1, B]``.
 
-        With a prior of theta: the mean density over ``num_samples`` draws of theta from its
-        posterior, the predictive one.
+        With a prior of theta: of ``num_samples`` draws of theta from its posterior, so that their
+        mean density is the predictive one.
         """
-        if self.prior_scale is None:
-            return self._marginal(self.theta).log_prob(x)  # type: ignore[no-any-return]
-        draws = (
-            reparameterize(self.theta, self.theta_log_var, generator=generator)
-            for _ in range(num_samples)
-        )
-        return streaming_log_mean_exp(self._marginal(t).log_prob(x).unsqueeze(0) for t in draws)
+        for _ in range(1 if self.exact else num_samples):
+            theta: Tensor = self.theta
+            if not self.exact:
+                theta = reparameterize(theta, self.theta_log_var, generator=generator)
+            yield self._marginal(theta).log_prob(x).unsqueeze(0)
 
     def _marginal(self, theta: Tensor) -> LowRankMultivariateNormal:
         offset, loading, log_var = self.decode(theta)
@@ -174,12 +168,23 @@ class FactorAnalysis(Model):
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """Draws of x, with their noise, ``[n, D]``."""
-        offset, loading, log_var = self.decode(self.theta)
-        z = self.sample_prior(n, generator=generator)
-        return reparameterize(offset + z @ loading.mT, log_var.expand(n, -1), generator=generator)
+        return self.draw_given(self.sample_prior(n, generator=generator), generator=generator)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """The means of p(x | z) at the mean of q(z | x), ``[B, D]``."""
+    def posterior(self, x: Tensor) -> Gaussian | Full:
+        mu, scale = self.recognition(x), self.log_scale
+        if self.config["posterior"] == "diagonal":
+            return Gaussian(mu, (2.0 * scale).expand_as(mu))
+        return Full(mu, scale.expand(*mu.shape, -1))
+
+    def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """At the mean of theta."""
+        offset, loading, log_var = self.decode(self.theta)
+        return lambda z: gaussian_log_prob(x, offset + z @ loading.mT, log_var)
+
+    def mean_given(self, z: Tensor) -> Tensor:
         offset, loading, _ = self.decode(self.theta)
-        return offset + self.encode(x)[0] @ loading.mT
+        return offset + z @ loading.mT
+
+    def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
+        mean, log_var = self.mean_given(z), self.decode(self.theta)[-1]
+        return reparameterize(mean, log_var.expand_as(mean), generator=generator)

@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 
 from .. import random
 from ..estimators import Elbo
-from .base import Batch, check_option, configured
+from .base import Batch, Continuous, check_option, configured
 from .posterior import Gaussian
 from .vae import VAE
 
@@ -40,7 +40,7 @@ INFERENCES = ("local", "semi")
 
 
 def refine(
-    model: VAE,
+    model: Continuous,
     x: Tensor,
     q: Gaussian,
     steps: int,
@@ -169,5 +169,4 @@ class LocalVAE(VAE):
         else:
             own = random.fold_in(key, 0)
             q = refine(self, x, self._start(x), self.steps, create_graph=True, key=own)
-        bound = self.bound(x, q, key=key)
-        return Elbo(bound.recon - kl_weight * bound.kl, bound.recon, bound.kl)
+        return self.bound(x, q, key=key).weighted(kl_weight)

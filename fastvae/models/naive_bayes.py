@@ -13,6 +13,8 @@ can be log p(x) itself:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear, one_hot, softplus
@@ -124,17 +126,11 @@ class NaiveBayes(Model):
         self.pixel_logits.copy_((r.mT @ x / counts.unsqueeze(-1)).logit(eps=resolution.eps))
         return log_joint.logsumexp(-1)
 
-    @torch.no_grad()
-    def log_likelihood(
-        self,
-        x: Tensor,
-        num_samples: int = 128,
-        chunk: int = 16,
-        *,
-        generator: Generator | None = None,
-    ) -> Tensor:
-        """log p(x), exact, in nats, ``[B]``."""
-        return self.log_joint(x).logsumexp(-1)
+    def log_weights(
+        self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None
+    ) -> Iterator[Tensor]:
+        """log p(x) itself: the sum over all classes, ``[1, B]``."""
+        yield self.log_joint(x).logsumexp(-1, keepdim=True).mT
 
     @torch.no_grad()
     def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:

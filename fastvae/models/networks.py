@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .base import check_option
 
-__all__ = ["ACTIVATIONS", "mlp"]
+__all__ = ["ACTIVATIONS", "LabelledPerceptron", "mlp"]
 
 
 class Maxout(nn.Module):
@@ -52,3 +52,24 @@ def mlp(sizes: Sequence[int], activation: str = "tanh") -> nn.Sequential:
     for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, inputs * fan_out), make()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
+class LabelledPerceptron(nn.Module):
+    """A perceptron of ``(x, y)`` whose first layer adds a row of the class to a product with x.
+
+    So for all classes, y of ``[C, 1]`` and x of ``[B, D]``, the product is computed once, and the
+    rest for ``[C, B]``.
+    """
+
+    def __init__(
+        self, inputs: int, classes: int, hidden: Sequence[int], outputs: int, activation: str
+    ) -> None:
+        super().__init__()
+        make = ACTIVATIONS[activation]
+        width = make.inputs * hidden[0]
+        self.of_x = nn.Linear(inputs, width)
+        self.of_y = nn.Embedding(classes, width)
+        self.rest = nn.Sequential(make.make(), *mlp([*hidden, outputs], activation))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.rest(self.of_x(x) + self.of_y(y))

@@ -36,8 +36,7 @@ Objective = Callable[["VAE", Tensor, float, Tensor], Elbo]  # (model, x, kl_weig
 
 
 def _beta(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
-    bound = model.bound(x, model.posterior(x), key=key)
-    return Elbo(bound.recon - model.beta * kl_weight * bound.kl, bound.recon, bound.kl)
+    return model.bound(x, model.posterior(x), key=key).weighted(model.beta * kl_weight)
 
 
 def _free_bits(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:

@@ -46,6 +46,7 @@ from ..functional import (
 __all__ = ["POSTERIORS", "Family", "Posterior"]
 
 LogProb = Callable[[Tensor], Tensor]
+LogJoint = Callable[[Tensor], tuple[Tensor, Tensor]]  # z to log p(x | z) and log p(z)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class Posterior(ABC):
         for start in range(0, samples, size):
             part = random.shard(key, start * rows, dim)
             yield self.draw(min(size, samples - start) * self.together, key=part)
+
+    def log_weights(
+        self, log_joint: LogJoint, num_samples: int, chunk: int, *, key: Tensor
+    ) -> Iterator[Tensor]:
+        """log p(x, z) - log q(z | x) of :meth:`draws`, ``[K, B]`` in parts."""
+        for z, log_q in self.draws(num_samples, chunk, key=key):
+            yield torch.add(*log_joint(z)) - log_q
 
 
 class Dense(Posterior):
@@ -207,11 +215,18 @@ class Mixture(Posterior):
         return (pairs + self.log_pi).logsumexp(-2)
 
     def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
-        """At least ``num_samples``, and as many of each component.
+        """One of a component by chance; or at least ``num_samples``, as many of each component.
 
-        log q is less by log(M pi_m), so that the plain mean over samples weighs what it should.
+        Of these log q is less by log(M pi_m), so that the plain mean over samples weighs what it
+        should.
         """
-        each = math.ceil((num_samples or 1) / self.together)
+        if num_samples is None:
+            noise = random.gumbel(random.fold_in(key, 0), self.log_pi.shape, self.log_pi.dtype)
+            chosen = (self.log_pi + noise).argmax(0)[None, ..., None].expand(1, *self.mu.shape[1:])
+            mu, log_var = (p.gather(0, chosen).squeeze(0) for p in (self.mu, self.log_var))
+            z = reparameterize(mu, log_var, key=key)
+            return z, self.log_prob(z)
+        each = math.ceil(num_samples / self.together)
         z = reparameterize(self.mu, self.log_var, each, key=key)  # [S, M, B, D]
         log_q = self.log_prob(z) - self.log_pi - math.log(self.together)
         return z.flatten(0, 1), log_q.flatten(0, 1)

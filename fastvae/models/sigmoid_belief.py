@@ -27,12 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
-from ..estimators import (
-    Elbo,
-    importance_weighted_bound,
-    rao_blackwell_bound,
-    streaming_log_mean_exp,
-)
+from ..estimators import Elbo, importance_weighted_bound, rao_blackwell_bound
 from ..estimators.control import MovingAverage
 from ..functional import bernoulli_log_prob
 from .base import Batch, Model, check_option, configured, owned
@@ -159,23 +154,12 @@ class SigmoidBelief(Model):
             bound = importance_weighted_bound(log_p.sum(-1) - log_q, name, log_q=log_q)
         return Elbo(bound, recon, recon - bound)
 
-    @torch.no_grad()
-    def log_likelihood(
-        self,
-        x: Tensor,
-        num_samples: int = 128,
-        chunk: int = 16,
-        *,
-        generator: Generator | None = None,
-    ) -> Tensor:
-        """Importance-sampled log p(x), in nats, ``[B]``."""
-
-        def log_weights() -> Iterator[Tensor]:
-            for start in range(0, num_samples, chunk):
-                bits, log_q = self.draw(x, min(chunk, num_samples - start), generator)
-                yield self.log_p(x, bits).sum(-1) - log_q.sum(-1)
-
-        return streaming_log_mean_exp(log_weights())
+    def log_weights(
+        self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None
+    ) -> Iterator[Tensor]:
+        for start in range(0, num_samples, chunk):
+            bits, log_q = self.draw(x, min(chunk, num_samples - start), generator)
+            yield self.log_p(x, bits).sum(-1) - log_q.sum(-1)
 
     @torch.no_grad()
     def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:

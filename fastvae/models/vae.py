@@ -10,16 +10,15 @@ any objective of :mod:`fastvae.models.objective`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 
 from .. import random
-from ..estimators import Elbo, streaming_log_mean_exp
-from ..estimators.evidence import standard_log_prob
+from ..estimators import Elbo
 from ..flows.flow import Chain
-from .base import LIKELIHOODS, Batch, Model, check_option, configured, owned
+from .base import LIKELIHOODS, Batch, Continuous, check_option, configured, owned
 from .networks import mlp
 from .objective import OBJECTIVES
 from .posterior import POSTERIORS, Gaussian, Moved, Posterior
@@ -28,7 +27,7 @@ from .prior import PRIORS, Prior
 __all__ = ["VAE"]
 
 
-class VAE(Model):
+class VAE(Continuous):
     """A latent variable decoded by a perceptron, and a perceptron that infers it.
 
     Args:
@@ -158,17 +157,16 @@ class VAE(Model):
 
     @property
     def log_prior(self) -> Callable[[Tensor], Tensor] | None:
-        """z to log p(z); None if that is N(0, I)."""
         return None if self.prior is None else self.prior.log_prob
 
     def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """z to log p(x | z), one number per row of z."""
         return lambda z: self.likelihood.log_prob(x, *self.decode(z))
 
-    def log_joint(self, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """z to log p(x | z) and log p(z)."""
-        log_prior = self.log_prior or standard_log_prob
-        return lambda z: (self.log_p_x_given(x)(z), log_prior(z))
+    def mean_given(self, z: Tensor) -> Tensor:
+        return self.likelihood.mean(*self.decode(z))
+
+    def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return self.likelihood.sample(*self.decode(z), generator=generator)
 
     def bound(self, x: Tensor, q: Posterior, *, key: Tensor) -> Elbo:
         """The evidence lower bound of any q, and its terms, in nats, each ``[B]``."""
@@ -188,58 +186,9 @@ class VAE(Model):
         key = random.from_generator(generator, batch.x.device)
         return OBJECTIVES[self.config["objective"]](self, batch.x, kl_weight, key)
 
-    @torch.no_grad()
-    def log_likelihood(
-        self,
-        x: Tensor,
-        num_samples: int = 128,
-        chunk: int = 16,
-        *,
-        generator: Generator | None = None,
-    ) -> Tensor:
-        """Importance-sampled log p(x), in nats, ``[B]``.
-
-        x, ``[B, D]``, is encoded once; ``chunk`` samples of all rows are held at a time, which
-        changes none of them, but for ``low-rank``.
-
-        >>> model = fastvae.models.VAE(784)
-        >>> model.log_likelihood(torch.rand(16, 784), num_samples=64).shape
-        torch.Size([16])
-        """
-        for what, value in (("num_samples", num_samples), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: {what} must be positive, got {value}")
-        key = random.from_generator(generator, x.device)
-        q = self.posterior(x)
-        return streaming_log_mean_exp(self.log_weights(x, q, num_samples, chunk, key=key))
-
-    def log_weights(
-        self, x: Tensor, q: Posterior, num_samples: int, chunk: int = 16, *, key: Tensor
-    ) -> Iterator[Tensor]:
-        """log p(x, z) - log q(z | x) of draws of any q, in parts of ``[K, B]``."""
-        log_joint = self.log_joint(x)
-        for z, log_q in q.draws(num_samples, chunk, key=key):
-            yield sum(log_joint(z)) - log_q
-
     def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """``n`` draws of z from p(z), ``[n, latent_dim]``."""
         if self.prior is None:
             return super().sample_prior(n, generator=generator)
         with torch.no_grad():
             return self.prior.sample(n, generator=generator)
-
-    @torch.no_grad()
-    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
-        """The means of p(x | z) for ``n`` draws of z from p(z), ``[n, D]``.
-
-        >>> model = fastvae.models.VAE(784)
-        >>> model.sample(9).shape
-        torch.Size([9, 784])
-        """
-        z = self.sample_prior(n, generator=generator)
-        return self.likelihood.mean(*self.decode(z))
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """The means of p(x | z) at the mean of q(z | x), ``[B, D]``; the mean moved, of a flow."""
-        return self.likelihood.mean(*self.decode(self.posterior(x).mean))

@@ -14,60 +14,29 @@ M2 generates x of a class y and a style z; q(y|x) is the classifier:
 .. math::
     \mathcal J = \sum_{\text{labelled}} \mathcal L(x, y) + \sum_{\text{others}} \mathcal U(x)
     + 0.1 N\, E_{\text{labelled}}[\log q(y|x)]
-
-M1+M2 is M2 of what the encoder of a VAE, M1, says of x: a sample of q(z_1 | x), drawn anew each
-time, with a Gaussian p(z_1 | y, z_2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from .. import random
 from ..data import Dataset, balanced_labels
-from ..estimators import Elbo, streaming_log_mean_exp
+from ..estimators import Elbo
 from ..estimators.evidence import standard_log_prob
-from ..functional import categorical_kl, gaussian_log_prob, reparameterize
-from .base import LIKELIHOODS, Batch, Likelihood, Model, check_option, configured
-from .networks import ACTIVATIONS, mlp
-from .posterior import Gaussian
-from .vae import VAE
+from ..functional import categorical_kl, log_mean_exp
+from .base import LIKELIHOODS, Batch, Continuous, Model, check_option, configured
+from .networks import ACTIVATIONS, LabelledPerceptron, mlp
+from .posterior import Gaussian, Mixture, Posterior
 
 __all__ = ["M2"]
 
-# of latents, which have no bounds
-_FEATURES = Likelihood(
-    2, lambda mu, log_var: (mu, log_var), gaussian_log_prob, lambda mu, _: mu, reparameterize
-)
 
-
-class _OfClass(nn.Module):
-    """A perceptron of ``(x, y)`` whose first layer adds a row of the class to a product with x.
-
-    So for all classes, y of ``[C, 1]`` and x of ``[B, D]``, the product is computed once, and the
-    rest for ``[C, B]``.
-    """
-
-    def __init__(
-        self, inputs: int, classes: int, hidden: Sequence[int], outputs: int, activation: str
-    ) -> None:
-        super().__init__()
-        make = ACTIVATIONS[activation]
-        width = make.inputs * hidden[0]
-        self.of_x = nn.Linear(inputs, width)
-        self.of_y = nn.Embedding(classes, width)
-        self.rest = nn.Sequential(make.make(), *mlp([*hidden, outputs], activation))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.rest(self.of_x(x) + self.of_y(y))
-
-
-class M2(Model):
-    """A VAE of images, or of another VAE's latents, whose classes are known of a few.
+class M2(Continuous):
+    """A VAE of images whose classes are known of a few.
 
     Args:
         data_dim: D.
@@ -80,8 +49,6 @@ class M2(Model):
         activation: of all networks.
         alpha: 0.1 above, of how much the classifier's own likelihood counts.
         labelled_batch: labelled images a step, drawn at random, beside the unlabelled ones.
-        base: M1: the config of a VAE, whose encoder this is a model of. Its weights are not learnt
-            here.
 
     >>> model = fastvae.models.M2(12, dataset_size=100, num_labels=20, hidden=(8,), latent_dim=2)
     >>> model.elbo(torch.rand(5, 12)).elbo.shape, model.classify(torch.rand(5, 12)).shape
@@ -106,37 +73,33 @@ class M2(Model):
         activation: str = "softplus",
         alpha: float = 0.1,
         labelled_batch: int = 100,
-        base: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_option("M2", "likelihood", likelihood, LIKELIHOODS)
-        check_option("M2", "activation", activation, ACTIVATIONS)
+        name = type(self).__name__
+        check_option(name, "likelihood", likelihood, LIKELIHOODS)
+        check_option(name, "activation", activation, ACTIVATIONS)
         numbers = data_dim, dataset_size, num_labels, classes, latent_dim, labelled_batch, *hidden
         if min(numbers) < 1 or not hidden or not alpha >= 0.0:
             raise ValueError(
-                f"M2: sizes must be positive, and alpha not negative, got {list(numbers)}, {alpha}"
+                f"{name}: sizes must be positive, and alpha not negative, got {list(numbers)}, "
+                f"{alpha}"
             )
         if num_labels % classes or num_labels > dataset_size:
             raise ValueError(
-                "M2: num_labels must be as many of each class, and at most dataset_size, got "
+                f"{name}: num_labels must be as many of each class, and at most dataset_size, got "
                 f"{num_labels}, {classes} and {dataset_size}"
             )
-        self.latent_dim, self.classes = latent_dim, classes
+        self.latent_dim = self.style_dim = latent_dim
+        self.classes, self.likelihood = classes, LIKELIHOODS[likelihood]
         self.alpha, self.labelled_batch, self.dataset_size = alpha, labelled_batch, dataset_size
         none = torch.zeros(num_labels, dtype=torch.int64)
         self.register_buffer("rows", none)  # of the training set, which have a label
         self.register_buffer("y", none.clone())
         self.register_buffer("every", torch.arange(classes).unsqueeze(-1), persistent=False)
-        self.base: VAE | None = None
-        features, self.likelihood = data_dim, LIKELIHOODS[likelihood]
-        if base is not None:
-            self.base = VAE(**base).requires_grad_(False)
-            features, self.likelihood = self.base.latent_dim, _FEATURES
-        sizes = hidden, 2 * latent_dim, activation
-        self.classifier = mlp([features, *hidden, classes], activation)
-        self.encoder = _OfClass(features, classes, *sizes)
-        outputs = self.likelihood.heads * features
-        self.decoder = _OfClass(latent_dim, classes, hidden[::-1], outputs, activation)
+        self.classifier = mlp([data_dim, *hidden, classes], activation)
+        self.encoder = LabelledPerceptron(data_dim, classes, hidden, 2 * latent_dim, activation)
+        outputs = self.likelihood.heads * data_dim
+        self.decoder = LabelledPerceptron(latent_dim, classes, hidden[::-1], outputs, activation)
 
     def prepare(self, data: Dataset, generator: Generator) -> None:
         """Draws the images that have a label, as many of each class."""
@@ -144,20 +107,30 @@ class M2(Model):
         self.rows.copy_(rows)
         self.y.copy_(y)
 
-    def features(self, x: Tensor, *, key: Tensor) -> tuple[Tensor, Tensor]:
-        """What M2 is a model of: x, or z_1 of M1; and log p(x | z_1) - log q(z_1 | x), ``[B]``."""
-        if self.base is None:
-            return x, x.new_zeros(x.shape[:-1])
-        z, log_q = self.base.posterior(x).draw(key=key)
-        return z, self.base.log_p_x_given(x)(z) - log_q
+    def features(self, x: Tensor, *, key: Tensor) -> Tensor:
+        """What the classes and styles are of: x."""
+        return x
+
+    def likely_features(self, x: Tensor) -> Tensor:
+        """Those that are classified: x."""
+        return x
 
     def infer(self, f: Tensor, y: Tensor) -> Gaussian:
         """q(z | x, y), of features ``[B, F]`` and classes ``[B]``, or ``[C, 1]`` for all."""
         return Gaussian(*self.encoder(f, y).chunk(2, -1))
 
+    def infer_all(self, f: Tensor) -> Mixture:
+        """The sum over y of q(y | x) q(z | x, y)."""
+        q = self.infer(f, self.every)
+        return Mixture(q.mu, q.log_var, self.classifier(f).log_softmax(-1).mT)
+
     def decode(self, z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The parameters of p(x | y, z)."""
         return self.likelihood.link(*self.decoder(z, y).chunk(self.likelihood.heads, -1))
+
+    def decode_all(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The same of every class, ``[C, ..., F]``."""
+        return self.decode(z, self.every.reshape(-1, *[1] * (z.dim() - 1)))
 
     def bound(self, f: Tensor, y: Tensor, *, key: Tensor) -> Elbo:
         """Of log p(x, y) - log p(y), for each class of ``y``: ``[B]``, or ``[C, B]``."""
@@ -175,13 +148,7 @@ class M2(Model):
 
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
         """A bound of log p(x), the class unknown, ``[B]``."""
-        key = random.from_generator(generator, x.device)
-        f, log_ratio = self.features(x, key=random.fold_in(key, 0))
-        _, recon, kl = self.unlabelled(f, key=key)
-        if self.base is None:
-            return Elbo(recon - kl, recon, kl)
-        own = self.base.log_p_x_given(x)(f)
-        return Elbo(recon - kl + log_ratio, own, own - (recon - kl + log_ratio))
+        return self.unlabelled(x, key=random.from_generator(generator, x.device))
 
     def objective(
         self, batch: Batch, *, kl_weight: float = 1.0, generator: Generator | None = None
@@ -193,55 +160,65 @@ class M2(Model):
         size = (self.labelled_batch,)
         pick = torch.randint(len(self.y), size, generator=generator, device=device)
         y, labelled = self.y[pick], batch.images(self.rows[pick])
-        f, _ = self.features(batch.x, key=keys[0])
-        known, _ = self.features(labelled, key=keys[1])
-        _, recon, kl = self.unlabelled(f, key=keys[2])
-        _, recon_known, kl_known = self.bound(known, y, key=keys[3])
+        f, known = self.features(batch.x, key=keys[0]), self.features(labelled, key=keys[1])
+        other = self.unlabelled(f, key=keys[2]).weighted(kl_weight)
+        bound = self.bound(known, y, key=keys[3]).weighted(kl_weight)
         log_q = self.classifier(known).log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
         share = len(self.y) / self.dataset_size
-        value = (1.0 - share) * (recon - kl_weight * kl)
-        value = value + share * (recon_known - kl_weight * kl_known).mean() + self.alpha * log_q
-        return Elbo(value, recon, kl)
+        value = (1.0 - share) * other.elbo + share * bound.elbo.mean() + self.alpha * log_q
+        return Elbo(value, other.recon, other.kl)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Logits of q(y | x), ``[B, C]``; of M1's mean."""
-        return self.classifier(x if self.base is None else self.base.posterior(x).mean)
+        """Logits of q(y | x), ``[B, C]``."""
+        return self.classifier(self.likely_features(x))
 
-    @torch.no_grad()
-    def log_likelihood(
-        self,
-        x: Tensor,
-        num_samples: int = 128,
-        chunk: int = 16,
-        *,
-        generator: Generator | None = None,
-    ) -> Tensor:
-        """Importance-sampled log p(x), in nats, ``[B]``: ``num_samples`` of z for every class."""
+    def log_weights(
+        self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None
+    ) -> Iterator[Tensor]:
+        """log p(x, y, z) - log q(z | x, y) + log C of ``num_samples`` for every class."""
+        for _ in range(num_samples):
+            yield self._class_weights(x, key=random.from_generator(generator, x.device))
 
-        def log_weights() -> Iterator[Tensor]:
-            for _ in range(num_samples):
-                one, two = (random.from_generator(generator, x.device) for _ in range(2))
-                f, log_ratio = self.features(x, key=one)
-                z, log_q = self.infer(f, self.every).draw(key=two)
-                log_p = self.likelihood.log_prob(f, *self.decode(z, self.every))
-                yield log_p + standard_log_prob(z) - log_q + log_ratio  # [C, B], of 1/C each
+    def _class_weights(self, f: Tensor, *, key: Tensor) -> Tensor:
+        z, log_q = self.infer(f, self.every).draw(key=key)
+        log_p = self.likelihood.log_prob(f, *self.decode(z, self.every))
+        return log_p + standard_log_prob(z) - log_q
 
-        return streaming_log_mean_exp(log_weights())
+    # z alone, all classes summed over
+
+    def posterior(self, x: Tensor) -> Posterior:
+        return self.infer_all(x)
+
+    def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        def log_prob(z: Tensor) -> Tensor:
+            each = self.likelihood.log_prob(x, *self.decode_all(z))
+            return log_mean_exp(each.movedim(0, -1))
+
+        return log_prob
+
+    def mean_given(self, z: Tensor) -> Tensor:
+        return self.likelihood.mean(*self.decode_all(z)).mean(0)
+
+    def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
+        y = torch.randint(self.classes, z.shape[:-1], generator=generator, device=z.device)
+        return self.likelihood.sample(*self.decode(z, y), generator=generator)
+
+    # styles in classes
 
     @torch.no_grad()
     def generate(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean images of styles ``[..., L]`` and classes ``[...]``."""
-        made = self.likelihood.mean(*self.decode(z, y))
-        return made if self.base is None else self.base.likelihood.mean(*self.base.decode(made))
+        return self.likelihood.mean(*self.decode(z, y))
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """Images of all classes by turns, ``[n, D]``."""
         y = torch.arange(n, device=self.every.device) % self.classes
-        return self.generate(self.sample_prior(n, generator=generator), y)
+        z = self.sample_prior(n, generator=generator)
+        return self.generate(z[:, -self.style_dim :], y)
 
     def _style(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        f = x if self.base is None else self.base.posterior(x).mean
+        f = self.likely_features(x)
         y = self.classifier(f).argmax(-1)
         return self.infer(f, y).mu, y
 
@@ -265,7 +242,7 @@ class M2(Model):
             ("samples, a class a column", self.sample(len(x), generator=generator)),
             ("the first column's styles, in all classes", self.analogies(x[::side])[:, 1:]),
         ]
-        if self.latent_dim == 2:
+        if self.style_dim == 2:
             panels.append(("a class in all styles", self.styles(2 % side, side)))
         return [(caption, images.reshape(-1, x.shape[-1])) for caption, images in panels]
 
@@ -275,8 +252,10 @@ class M2(Model):
 
         At the quantiles of p(z), as in the paper's figure 1.
         """
-        if self.latent_dim != 2:
-            raise ValueError(f"M2: latent_dim must be 2 for styles, got {self.latent_dim}")
+        if self.style_dim != 2:
+            raise ValueError(
+                f"{type(self).__name__}: latent_dim must be 2 for styles, got {self.style_dim}"
+            )
         like = next(self.parameters())
         along = torch.linspace(0.05, 0.95, side, dtype=like.dtype, device=like.device)
         z = torch.cartesian_prod(*[torch.special.ndtri(along)] * 2)
