@@ -409,12 +409,11 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     model = stored.build_model().eval().requires_grad_(False).to(device)
     if not isinstance(model, models.Continuous):
         raise _UsageError(f"evaluate takes models whose z is continuous, not {header.model}")
-    test = data.load(header.settings.data, args.root).test.to(device)
-    spread = torch.linspace(0, len(test) - 1, min(args.images, len(test))).long()
-    x, generator = test[spread].float(), torch.Generator(device).manual_seed(0)
+    dataset = data.load(header.settings.data, args.root).to(device)
+    x, generator = dataset.some_test(args.images), torch.Generator(device).manual_seed(0)
     out = args.out or args.checkpoint.parent
 
-    means = evaluation.posterior_means(model, test)
+    means = evaluation.posterior_means(model, dataset.test)
     active = evaluation.active_units(means)
     print(f"active units         {int(active.sum()):6d} of {len(active)}", flush=True)
     results: dict[str, object] = {"images": len(x), "active_units": int(active.sum())}

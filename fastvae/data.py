@@ -109,6 +109,15 @@ class Dataset:
         """
         return _add_noise(self.train[rows].float(), self.noise, generator)
 
+    def some_test(self, n: int) -> Tensor:
+        """``n`` test images, or all, float32: evenly spread, as binarized_mnist is sorted by digit.
+
+        >>> fastvae.data.load("digits").some_test(7).shape
+        torch.Size([7, 64])
+        """
+        rows = torch.linspace(0, len(self.test) - 1, min(n, len(self.test))).long()
+        return self.test[rows.to(self.test.device)].float()
+
     def to(self, device: torch.device | str) -> Dataset:
         """The same images on ``device``."""
         splits = {name: getattr(self, name).to(device) for name in ("train", "valid", "test")}

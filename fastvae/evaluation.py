@@ -6,7 +6,7 @@ Of any :class:`fastvae.models.Continuous`, and images ``[B, D]``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,11 @@ from torch import Generator, Tensor
 
 from . import random
 from .data import Dataset, balanced_labels
-from .estimators import annealed_importance_sampling, streaming_log_mean_exp
+from .estimators import (
+    AnnealedWeights,
+    annealed_importance_sampling,
+    streaming_log_mean_exp,
+)
 from .estimators.evidence import standard_log_prob
 from .extras import require
 from .functional import log_mean_exp
@@ -139,8 +143,8 @@ def annealed_log_likelihood(
     >>> fastvae.evaluation.annealed_log_likelihood(model, x, steps=5).shape
     torch.Size([5])
     """
-    log_w, _ = _anneal(model, x, steps, chains, None, generator)
-    return streaming_log_mean_exp([log_w])
+    anneal, z = _chains(model, x, steps, chains, generator)
+    return streaming_log_mean_exp([anneal(z).log_w])
 
 
 @torch.no_grad()
@@ -163,20 +167,19 @@ def bidirectional(
     """
     z = model.sample_prior(n, generator=generator)
     x = model.draw_given(z, generator=generator)
-    forward, backward = _anneal(model, x, steps, chains, z, generator)
-    lower, upper = streaming_log_mean_exp([forward]), -streaming_log_mean_exp([-backward])
+    anneal, start = _chains(model, x, steps, chains, generator)
+    forward = anneal(start)
+    known = z.expand(chains, *z.shape)
+    backward = anneal(known, step_size=forward.step_size, reverse=True)
+    lower = streaming_log_mean_exp([forward.log_w])
+    upper = -streaming_log_mean_exp([-backward.log_w])
     return Bracket(float(lower.double().mean()), float(upper.double().mean()))
 
 
-def _anneal(
-    model: Continuous,
-    x: Tensor,
-    steps: int,
-    chains: int,
-    known: Tensor | None,
-    generator: Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Log-weights of chains to the posterior, ``[K, B]``; and of chains back from ``known``."""
+def _chains(
+    model: Continuous, x: Tensor, steps: int, chains: int, generator: Generator | None
+) -> tuple[Callable[..., AnnealedWeights], Tensor]:
+    """Annealing to the posteriors of ``x``, and where its chains begin, ``[K, B, L]``."""
     key = random.from_generator(generator, x.device)
     q, log_joint = model.posterior(x), model.log_joint(x)
     if isinstance(q, Gaussian):
@@ -196,12 +199,7 @@ def _anneal(
         scale=draws.std(0),
         generator=generator,
     )
-    forward = anneal(z)
-    if known is None:
-        return forward.log_w, forward.log_w
-    known = known.expand(chains, *known.shape)
-    backward = anneal(known, step_size=forward.step_size, reverse=True)
-    return forward.log_w, backward.log_w
+    return anneal, z
 
 
 @torch.no_grad()

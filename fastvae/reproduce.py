@@ -69,6 +69,7 @@ class Recipe:
     deviation: float | None = None
     from_memory: bool = False
     importance_samples: int = 0
+    annealed_images: int = 0
     classifier: str | None = None
     num_labels: int | None = None
 
@@ -224,7 +225,18 @@ def _score(row: Recipe, last: _Trained, seed: int) -> dict[str, Any]:
     value = {"error": found.error, "nll": found.log_likelihood, "bound": found.elbo}[row.metric]
     assert value is not None
     value = 100 * value if row.metric == "error" else -value
-    return {"value": value, "test": asdict(found)}
+    scores = {"value": value, "test": asdict(found)}
+    if row.annealed_images:
+        assert isinstance(model, models.Continuous)
+        x = dataset.some_test(row.annealed_images).to(last.trainer.device)
+        generator = torch.Generator(x.device).manual_seed(seed)
+        log_p = evaluation.annealed_log_likelihood(model, x, generator=generator)
+        scores["annealed"] = {"images": len(x), "value": -float(log_p.double().mean())}
+        print(
+            f"annealed             {log_p.double().mean():9.2f} nats   ({len(x)} images)",
+            flush=True,
+        )
+    return scores
 
 
 def _device_name(device: str) -> str:

@@ -458,8 +458,7 @@ def picture(
     """Test images, what the model makes of them, and images it makes up, as one PNG."""
     columns = 10
     n = columns * (columns * data.image_shape[1] // data.image_shape[0])  # nearly a square
-    spread = torch.linspace(0, len(data.test) - 1, n).long()  # binarized_mnist is sorted by digit
-    test = data.test[spread].to(device).float()
+    test = data.some_test(n).to(device)
     generator = Generator(device).manual_seed(_EVALUATION_SEED)
     panels = [
         ("test images" + ", binarized" * (data.noise == "bernoulli"), test),

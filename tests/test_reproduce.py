@@ -83,6 +83,16 @@ def test_the_best_epoch_is_what_is_scored(tmp_path):
     assert again["seeds"] == [seed]
 
 
+def test_annealing_says_what_importance_samples_lose(tmp_path):
+    record = reproduce.run(row(importance_samples=200, annealed_images=20), tmp_path)
+    (seed,) = record["seeds"]
+    assert seed["annealed"]["images"] == 20
+    (path,) = tmp_path.rglob("checkpoint.safetensors")
+    some = data.load("digits").some_test(20)
+    known = checkpoint.read_model(path).log_likelihood(some, 5000).mean()
+    assert seed["annealed"]["value"] == pytest.approx(-known.item(), abs=0.3)
+
+
 def test_time_that_is_up_leaves_a_record_of_how_far_it_went(tmp_path):
     long = row(stages=(Stage("vae", "vae", 10_000, VAE, {"data": "digits"}, "made"),))
     record = reproduce.run(long, tmp_path, minutes=0.02)
