@@ -211,7 +211,8 @@ def posterior_means(model: Continuous, x: Tensor) -> Tensor:
     >>> fastvae.evaluation.posterior_means(model, x).shape
     torch.Size([5, 3])
     """
-    return torch.cat([model.posterior(part.float()).mean for part in x.split(1000)])
+    dtype = next(model.parameters()).dtype
+    return torch.cat([model.posterior(part.to(dtype)).mean for part in x.split(1000)])
 
 
 def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:

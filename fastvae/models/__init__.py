@@ -1,8 +1,9 @@
 """Models made of fastvae's functions.
 
-To add one, write a subclass of :class:`Model`, whose ``__init__`` is :func:`base.configured`, in a
-file of its own, and name it in :data:`MODELS`: training, checkpoints, evaluation and the command
-line find it there.
+To add one, write a subclass of :class:`Model` or, if z is a vector of reals, of
+:class:`Continuous`, whose ``__init__`` is :func:`base.configured`, in a file of its own, and name
+it in :data:`MODELS`: training, checkpoints, evaluation, the command line and
+``tests/test_models.py`` find it there.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class FactorAnalysis(Continuous):
 
     def _marginal(self, theta: Tensor) -> LowRankMultivariateNormal:
         offset, loading, log_var = self.decode(theta)
-        return LowRankMultivariateNormal(offset, loading, log_var.exp())
+        return LowRankMultivariateNormal(offset, loading, log_var.exp(), validate_args=False)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Generator, Tensor, nn
 from ..estimators import Elbo, importance_weighted_bound, rao_blackwell_bound
 from ..estimators.control import MovingAverage
 from ..functional import bernoulli_log_prob
-from .base import Batch, Model, check_option, configured, owned
+from .base import Batch, Model, bernoulli_sample, check_option, configured, owned
 from .networks import mlp
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class SigmoidBelief(Model):
         log_q: list[Tensor] = []
         for layer in self.inference:
             logits = layer(below[:1] if not bits else below).expand(num_samples, -1, -1)
-            below = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+            below = bernoulli_sample(logits, generator=generator)
             bits.append(below)
             log_q.append(bernoulli_log_prob(below, logits))
         return bits, torch.stack(log_q, -1)
@@ -164,14 +164,14 @@ class SigmoidBelief(Model):
     @torch.no_grad()
     def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """``n`` draws of the top layer, ``[n, units]``."""
-        return torch.bernoulli(self.top.sigmoid().expand(n, -1), generator=generator)
+        return bernoulli_sample(self.top.expand(n, -1), generator=generator)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """The means of p(x | h_1), from the top down, ``[n, D]``."""
         h = self.sample_prior(n, generator=generator)
         for layer in list(self.generation)[:0:-1]:
-            h = torch.bernoulli(layer(h).sigmoid(), generator=generator)
+            h = bernoulli_sample(layer(h), generator=generator)
         return self.generation[0](h).sigmoid()
 
     @torch.no_grad()
