@@ -197,8 +197,15 @@ def _parser() -> argparse.ArgumentParser:
     sample_parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
     sample_parser.add_argument("--out", type=Path, metavar="PNG", default=Path("samples.png"))
 
+    where = _Parser(add_help=False)
+    where.add_argument("--root", type=Path, help="folder of the data sets")
+    where.add_argument(
+        "--device", help="cpu or cuda; default: cuda where fastvae has kernels for it"
+    )
+
     evaluate_parser = commands.add_parser(
         "evaluate",
+        parents=[where],
         help="what a trained model loses of log p(x), and where",
         description="What a trained model loses of log p(x), and where: its active units, the gaps "
         "of amortised inference, log p(x) by annealing, and whether the intervals of q hold.",
@@ -206,15 +213,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_parser.set_defaults(run=_evaluate)
     add = evaluate_parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint that fastvae train wrote")
-    add("--root", type=Path, help="folder of the data sets")
     add("--images", type=_count, metavar="N", default=500, help="of the test set; default: 500")
     add("--annealing-steps", type=_count, metavar="T", default=300, help="default: 300")
     add("--chains", type=_count, metavar="K", default=8, help="for each image; default: 8")
-    add("--device", help="cpu or cuda; default: cuda where fastvae has kernels for it")
     add("--out", type=Path, metavar="DIR", help="default: the checkpoint's folder")
 
     reproduce_parser = commands.add_parser(
         "reproduce",
+        parents=[where],
         help="run a published figure again, by its recipe",
         description="Run a published figure again, by its recipe in fastvae/recipes.toml; the same "
         "command goes on where the last one stopped. Without a name, list the rows.",
@@ -225,8 +231,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=_count, metavar="N", default=1, help="default: 1")
     add("--epochs", type=_count, metavar="N", help="of each stage; default: the recipe's")
     add("--minutes", type=_positive, metavar="X", help="of training in this call")
-    add("--root", type=Path, help="folder of the data sets")
-    add("--device", help="cpu or cuda; default: cuda where fastvae has kernels for it")
     add("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"))
 
     demo_parser = commands.add_parser(
@@ -317,20 +321,18 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         trainer = train.Trainer.resume(path, dataset, device)
     else:
         config = {k: v for k in _CONFIG if (v := getattr(args, k)) is not None}
-        m1 = None
+        m1: models.VAE | None = None
         if (args.model == "m1m2") != (args.features is not None):
             raise _UsageError(f"--features goes with m1m2, which needs it; got {args.model}")
         if args.features is not None:
-            m1 = checkpoint.read(args.features).build_model()
-            if type(m1) is not models.VAE:
+            stored = checkpoint.read(args.features).build_model()
+            if type(stored) is not models.VAE:
                 raise _UsageError(f"--features must be a checkpoint of a vae, got {args.features}")
-            config["base"] = m1.config
+            m1 = stored
         try:
-            trainer = train.Trainer(args.model, config, dataset, settings, device)
+            trainer = train.Trainer(args.model, config, dataset, settings, device, m1)
         except ValueError as error:  # of options that are not for this model
             raise _UsageError(str(error)) from error
-        if isinstance(trainer.model, models.M1M2) and m1 is not None:
-            trainer.model.base.load_state_dict(m1.state_dict())
     epochs = args.epochs or (None if args.minutes else 100)
     again = [*argv, *["--resume"] * (not args.resume)]
     return _run(trainer, args.out, epochs, args.minutes, args.importance_samples, again)

@@ -149,8 +149,8 @@ def run(
         results.append({"seed": seed, **_score(row, trained[-1], seed), "training": training})
         values = [one["value"] for one in results]
         record = {
-            **{key: value for key, value in asdict(row).items() if key != "stages"},
-            "stages": [asdict(stage) for stage in row.stages],
+            **asdict(row),
+            "stages": [asdict(stage) for stage in row.stages],  # as JSON reads them again
             "ours": statistics.fmean(values),
             "ours_deviation": statistics.stdev(values) if len(values) > 1 else None,
             "seeds": results,
@@ -186,11 +186,9 @@ def _train(
             config = dict(stage.config)
             if own:
                 config["num_labels"] = row.num_labels
-            if stage.features:
-                config["base"] = trained[stage.features].model.config
-            trainer = train.Trainer(stage.model, config, dataset, settings, device)
-            if stage.features and isinstance(trainer.model, models.M1M2):
-                trainer.model.base.load_state_dict(trained[stage.features].model.state_dict())
+            m1 = trained[stage.features].model if stage.features else None
+            assert m1 is None or isinstance(m1, models.VAE)
+            trainer = train.Trainer(stage.model, config, dataset, settings, device, m1)
         wanted = stage.epochs if epochs is None else epochs
         left = (deadline - time.monotonic()) / 60
         if trainer.epoch < wanted and left > 0 and not trainer.exhausted:

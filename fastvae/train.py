@@ -70,6 +70,8 @@ class Trainer:
         batch: steps done of the epoch in progress.
         best: the highest score of :meth:`validate`, after ``best_epoch`` epochs; None without one.
 
+    ``m1`` is what an M1+M2 is made on: its config and its weights.
+
     >>> data = fastvae.data.load("digits")
     >>> settings = fastvae.train.Settings(lr=3e-3)
     >>> config = {"latent_dim": 8, "hidden": [64]}
@@ -85,6 +87,7 @@ class Trainer:
         data: Dataset,
         settings: Settings,
         device: torch.device | str = "cpu",
+        m1: models.VAE | None = None,
     ) -> None:
         self.name, self.settings = model, settings
         self.device = torch.device(device)
@@ -98,7 +101,11 @@ class Trainer:
             }
             wanted = models.MODELS[model].of_data if model in models.MODELS else ()
             own = {name: of_data[name] for name in wanted}
-            self.model = models.build(model, {**own, **config}).to(self.device)
+            base = {} if m1 is None else {"base": m1.config}
+            self.model = models.build(model, {**own, **config, **base}).to(self.device)
+            if m1 is not None:
+                assert isinstance(self.model, models.M1M2)
+                self.model.base.load_state_dict(m1.state_dict())
         self.generator = Generator(self.device).manual_seed(settings.seed)
         self.model.prepare(self.data, self.generator)
         self.optimizer = torch.optim.Adam(self._learnt().values(), lr=settings.lr, fused=True)
