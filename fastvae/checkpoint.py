@@ -1,8 +1,9 @@
 """Checkpoints: ONE safetensors file that holds all that a run needs to go on.
 
-Tensors are named ``model.*``, ``optimizer.*``, ``generator`` (the state of the random generator)
-and ``order`` (the epoch's permutation of the training images). One metadata entry, ``fastvae``, is
-JSON: which model, which data, which settings, and how far the run is.
+Tensors are named ``model.*``, ``optimizer.*``, ``average.*`` (the model's moving average, if it has
+one), ``generator`` (the state of the random generator) and ``order`` (the epoch's permutation of
+the training images). One metadata entry, ``fastvae``, is JSON: which model, which data, which
+settings, and how far the run is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Settings:
     clip_norm: float | None = None
     warmup: int = 0  # epochs in which the weight of the KL divergence rises to 1
     patience: int = 0  # epochs without a better validation score that end it; 0: any number
+    ema: float = 0.0  # decay per step of the weights' moving average, which is scored; 0: none
+    precision: str = "float32"  # of the networks in training: or bfloat16, by torch.autocast
     seed: int = 0
 
 
@@ -69,14 +72,14 @@ class Checkpoint:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def build_model(self) -> models.Model:
-        """The model with its weights.
+        """The model with its weights: their moving average, if there is one.
 
         Raises:
             CheckpointError: if they do not fit together.
         """
         try:
             model = models.build(self.header.model, self.header.config)
-            model.load_state_dict(self.part("model"))
+            model.load_state_dict(self.part("average") or self.part("model"))
         except (ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(

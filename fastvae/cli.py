@@ -89,6 +89,7 @@ _image_count = _number(int, "an integer from 1 to 10,000", lambda n: 1 <= n <= 1
 _width = _number(int, "an integer from 1 to 65,536", lambda n: 1 <= n <= 65_536)
 _seed = _number(int, "an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
 _positive = _number(float, "a positive number", lambda x: 0 < x < math.inf)
+_decay = _number(float, "a number between 0 and 1", lambda x: 0 < x < 1)
 
 
 def _widths(text: str) -> list[int]:
@@ -163,6 +164,17 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         metavar="N",
         help="end after N epochs without a better validation score, and take the best one",
+    )
+    add(
+        "--ema",
+        type=_decay,
+        metavar="X",
+        help="take a moving average of the weights, of this decay a step, at a constant --lr",
+    )
+    add(
+        "--precision",
+        choices=train.PRECISIONS,
+        help="of the networks in training; bfloat16 is faster; default: float32",
     )
     add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
     add = train_parser.add_argument_group("how long, where, and what comes out").add_argument

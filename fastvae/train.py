@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastvae
 
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 BEST = "best.safetensors"  # beside a checkpoint: the one of the best epoch
+PRECISIONS = ("float32", "bfloat16")
 _EVALUATION_SEED = 20140416
 _CHECKPOINT_SECONDS = 30.0
 
@@ -52,19 +54,22 @@ class TrainingDiverged(Exception):  # noqa: N818, it says what happened
     """The loss is NaN or infinite; the message names the step and what to try."""
 
 
-def learning_rate(lr: float, epoch: int) -> float:
-    """``lr / sqrt(1 + epoch / 10)``.
+def learning_rate(settings: Settings, epoch: int) -> float:
+    """``lr / sqrt(1 + epoch / 10)``; with a moving average of the weights ``lr``.
 
-    It depends on nothing but the epoch, so that a run may be prolonged, by epochs or by minutes,
-    without having known its length.
+    The two are there for the same: that the noise of the steps goes down. It depends on nothing
+    but the epoch, so that a run may be prolonged, by epochs or by minutes, without having known
+    its length.
     """
-    return lr / math.sqrt(1 + epoch / 10)
+    return settings.lr if settings.ema else settings.lr / math.sqrt(1 + epoch / 10)
 
 
 class Trainer:
     """A model in training: everything that changes from step to step, and how to store it.
 
     Attributes:
+        model: the one that steps are taken with.
+        average: with ``settings.ema`` its moving average, else the same.
         step: steps done.
         epoch: epochs done.
         batch: steps done of the epoch in progress.
@@ -89,6 +94,12 @@ class Trainer:
         device: torch.device | str = "cpu",
         m1: models.VAE | None = None,
     ) -> None:
+        if settings.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {settings.precision!r}"
+            )
+        if not 0 <= settings.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {settings.ema}")
         self.name, self.settings = model, settings
         self.device = torch.device(device)
         self.data = data.to(self.device)
@@ -108,10 +119,22 @@ class Trainer:
                 self.model.base.load_state_dict(m1.state_dict())
         self.generator = Generator(self.device).manual_seed(settings.seed)
         self.model.prepare(self.data, self.generator)
+        self._moving: AveragedModel | None = None
+        if settings.ema:
+            self._moving = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)
+            )
         self.optimizer = torch.optim.Adam(self._learnt().values(), lr=settings.lr, fused=True)
         self.step = self.epoch = self.batch = self.best_epoch = 0
         self.best: float | None = None
         self.order = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def average(self) -> models.Model:
+        if self._moving is None:
+            return self.model
+        assert isinstance(self._moving.module, models.Model)
+        return self._moving.module
 
     def _learnt(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -132,7 +155,7 @@ class Trainer:
                 len(self.data.train), generator=self.generator, device=self.device
             )
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings.lr, self.epoch)
+                group["lr"] = learning_rate(self.settings, self.epoch)
         start = self.batch * self.settings.batch_size
         rows = self.order[start : start + self.settings.batch_size]
         images = functools.partial(self.data.batch, generator=self.generator)
@@ -140,7 +163,9 @@ class Trainer:
         warm = self.settings.warmup
         kl_weight = min(1.0, (self.step + 1) / (warm * self.batches)) if warm else 1.0
         self.optimizer.zero_grad()
-        bound = self.model.objective(batch, kl_weight=kl_weight, generator=self.generator)
+        half = self.settings.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            bound = self.model.objective(batch, kl_weight=kl_weight, generator=self.generator)
         terms = torch.stack([t.mean() for t in bound])
         elbo, recon, kl = terms.tolist()  # the one time a step waits for the device
         if not math.isfinite(elbo):
@@ -152,6 +177,8 @@ class Trainer:
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
+        if self._moving is not None:
+            self._moving.update_parameters(self.model)
         self.step += 1
         self.batch += 1
         if self.batch == self.batches:
@@ -165,7 +192,7 @@ class Trainer:
         noise of a fixed seed, so that it is what is maximised, less overfitting.
         """
         num_samples = self.model.config.get("num_samples") or 1
-        score = _mean_log_likelihood(self.model, self.data.valid, num_samples, quiet=True)
+        score = _mean_log_likelihood(self.average, self.data.valid, num_samples, quiet=True)
         if self.best is not None and not score > self.best:
             return False
         self.best, self.best_epoch = score, self.epoch
@@ -208,6 +235,9 @@ class Trainer:
             best_epoch=self.best_epoch,
         )
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self._moving is not None:
+            average = self.average.state_dict()
+            tensors |= {f"average.{name}": value for name, value in average.items()}
         for name, parameter in self._learnt().items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
@@ -247,6 +277,9 @@ class Trainer:
     def _restore(self, stored: checkpoint.Checkpoint) -> None:
         header = stored.header
         self.model.load_state_dict(stored.part("model"))
+        if self._moving is not None:
+            self.average.load_state_dict(stored.part("average"))
+            self._moving.n_averaged.fill_(header.step)
         optimizer = stored.part("optimizer")
         state = {
             i: {key: optimizer[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -256,7 +289,7 @@ class Trainer:
             {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
         )
         for group in self.optimizer.param_groups:  # of an epoch that began before the checkpoint
-            group["lr"] = learning_rate(self.settings.lr, header.epoch)
+            group["lr"] = learning_rate(self.settings, header.epoch)
         self.generator.set_state(stored.tensors["generator"])
         self.order = stored.tensors["order"].to(self.device)
         self.step, self.batch, self.epoch = header.step, header.batch, header.epoch
@@ -340,7 +373,7 @@ def fit(
             if trainer.batch:
                 continue
             if str(trainer.epoch).rstrip("0") in ("1", "2", "5") or trainer.epoch == last_epoch:
-                valid, _, _ = _mean_elbo(trainer.model, trainer.data.valid)
+                valid, _, _ = _mean_elbo(trainer.average, trainer.data.valid)
                 bar.write(
                     f"epoch {trainer.epoch:5d}   train ELBO {elbo_sum / seen:9.2f}   "
                     f"KL {kl_sum / seen:6.2f}   valid ELBO {valid:9.2f}"
@@ -358,13 +391,14 @@ def fit(
 def best_model(trainer: Trainer, path: Path) -> models.Model:
     """What is to be scored of a run with its checkpoint at ``path``, in eval mode.
 
-    The model of the best epoch where the settings have ``patience``, else as training left it.
+    The model of the best epoch where the settings have ``patience``, else as training left it;
+    its moving average where they have ``ema``.
 
     Raises:
         CheckpointError: if the best one cannot be read.
     """
     if trainer.best is None:
-        return trainer.model.eval()
+        return trainer.average.eval()
     return checkpoint.read_model(path.with_name(BEST)).to(trainer.device)
 
 

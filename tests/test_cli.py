@@ -96,6 +96,8 @@ def test_resume_goes_on_and_a_second_run_does_not_overwrite_the_first(capsys):
         ("--seed", "1", "0"),
         ("--batch-size", "7", "100"),
         ("--data", "mnist", "digits"),
+        ("--ema", "0.9", "0.0"),
+        ("--precision", "bfloat16", "float32"),
     ],
 )
 def test_resume_refuses_another_course(capsys, option, value, stored):
@@ -141,6 +143,8 @@ def test_train_with_a_flow_and_sample_from_it(capsys):
         (["train", "vae", "--lr", "0"], "--lr: must be a positive number, got '0'"),
         (["train", "vae", "--lr", "nan"], "--lr: must be a positive number, got 'nan'"),
         (["train", "vae", "--lr", "inf"], "--lr: must be a positive number, got 'inf'"),
+        (["train", "vae", "--ema", "1"], "--ema: must be a number between 0 and 1, got '1'"),
+        (["train", "vae", "--precision", "half"], "--precision: invalid choice: 'half'"),
         (["train", "vae", "--minutes", "soon"], "--minutes: must be a positive number"),
         (["train", "vae", "--hidden", "200,x"], "--hidden: must be an integer"),
         (["train", "vae", "--hidden", "200,"], "--hidden: must be an integer"),

@@ -36,6 +36,7 @@ def run(trainer: Trainer, steps: int) -> list[tuple[float, float, float]]:
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     tensors = dict(trainer.model.state_dict())
+    tensors |= {f"average.{name}": value for name, value in trainer.average.state_dict().items()}
     for i, moments in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"{i}.{name}": value for name, value in moments.items()}
     tensors["generator"] = trainer.generator.get_state()
@@ -50,13 +51,15 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 9, 14, 15], ids=lambda steps: f"after{steps}")
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_a_resumed_run_takes_the_same_course_bitwise(digits, tmp_path, stop, clip_norm):
+@pytest.mark.parametrize(
+    "settings", [{}, {"clip_norm": 0.5}, {"ema": 0.9, "precision": "bfloat16"}], ids=str
+)
+def test_a_resumed_run_takes_the_same_course_bitwise(digits, tmp_path, stop, settings):
     """14 steps are an epoch: stops within the first, at its end, and within the second."""
-    straight = make(digits, clip_norm=clip_norm)
+    straight = make(digits, **settings)
     losses = run(straight, 31)
     path = tmp_path / "c.safetensors"
-    stopped = make(digits, clip_norm=clip_norm)
+    stopped = make(digits, **settings)
     first = run(stopped, stop)
     stopped.save(path)
     torch.manual_seed(12345)  # the resumed process has another global generator
@@ -65,7 +68,8 @@ def test_a_resumed_run_takes_the_same_course_bitwise(digits, tmp_path, stop, cli
     assert (resumed.step, resumed.epoch, resumed.batch) == (stop, stop // 14, stop % 14)
     assert first + run(resumed, 31 - stop) == losses
     assert same(state(resumed), state(straight))
-    assert [g["lr"] for g in resumed.optimizer.param_groups] == [train.learning_rate(2e-3, 2)]
+    rate = train.learning_rate(Settings(**settings), 2)
+    assert [g["lr"] for g in resumed.optimizer.param_groups] == [rate]
 
 
 def test_the_seed_decides_the_course_and_nothing_else_does(digits):
@@ -194,6 +198,90 @@ def test_the_learning_rate_falls_with_the_epochs(digits):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates[0] == 1e-2
     assert rates[30] == pytest.approx(0.5e-2)
+
+
+# --- the moving average and the lower precision ---------------------------------------------------
+
+
+def test_the_average_is_of_the_weights_after_every_step(digits, tmp_path):
+    trainer, plain = (make(digits, ema=ema, lr=1e-2, batch_size=2000) for ema in (0.75, 0.0))
+    assert plain.average is plain.model
+    expected = None
+    for _ in range(6):
+        trainer.train_step()
+        weights = {name: p.detach().double() for name, p in trainer.model.named_parameters()}
+        if expected is None:
+            expected = weights
+        expected = {name: 0.75 * e + 0.25 * weights[name] for name, e in expected.items()}
+    for name, p in trainer.average.named_parameters():
+        torch.testing.assert_close(p.double(), expected[name], rtol=1e-5, atol=1e-7)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2  # the average is in place of a decay
+    path = tmp_path / "c.safetensors"
+    trainer.save(path)
+    stored = checkpoint.read_model(path)
+    assert train.evaluate(stored, digits, 4) == train.evaluate(trainer.average, digits, 4)
+    assert train.evaluate(stored, digits, 4) != train.evaluate(trainer.model, digits, 4)
+
+
+def test_the_best_epoch_is_one_of_the_average(digits, tmp_path):
+    trainer, path = make(digits, patience=3, ema=0.9, lr=1e-2), tmp_path / "c.safetensors"
+    train.fit(trainer, path, epochs=40)
+    model = train.best_model(trainer, path)
+    assert train._mean_log_likelihood(model, digits.valid, 1) == trainer.best
+
+
+def test_bfloat16_is_for_the_networks_in_training_and_learns_as_much(digits):
+    seen = []
+
+    def watch(module: torch.nn.Module, args: object, out: torch.Tensor) -> None:
+        seen.append(out.dtype)
+
+    half, full = (make(digits, precision=precision) for precision in ("bfloat16", "float32"))
+    half.model.decoder.register_forward_hook(watch)
+    ours, theirs = (run(trainer, 140) for trainer in (half, full))
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    assert ours[0][0] == pytest.approx(theirs[0][0], rel=5e-3)
+    ends = [sum(elbo for elbo, _, _ in run[-14:]) / 14 for run in (ours, theirs)]
+    assert ends[0] == pytest.approx(ends[1], abs=0.5)
+    seen.clear()
+    train.evaluate(half.model, digits, 2)
+    assert set(seen) == {torch.float32}
+
+
+_EVERY = [
+    *((name, {}) for name in models.MODELS if name not in ("vae", "m1m2", "factor-analysis")),
+    ("factor-analysis", {"likelihood": "gaussian"}),
+    ("m1m2", {"base": models.VAE(64, 4, hidden=(8,)).config}),
+    *(("vae", {"posterior": name}) for name in models.POSTERIORS),
+    *(("vae", {"prior": name}) for name in models.PRIORS),
+    *(("vae", {"objective": name}) for name in models.OBJECTIVES),
+    *(("sbn", {"objective": name}) for name in models.sigmoid_belief.OBJECTIVES),
+    *(("naive-bayes", {"objective": name}) for name in models.naive_bayes.OBJECTIVES),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), _EVERY, ids=str)
+def test_every_model_trains_in_bfloat16_as_in_float32(digits, name, config):
+    """Three steps of 100 images; noise of the posterior has the same seed in both."""
+    ends = []
+    for precision in train.PRECISIONS:
+        trainer = Trainer(name, config, digits, Settings(precision=precision, batch_size=100))
+        ends.append([elbo for elbo, _, _ in run(trainer, 3)][-1])
+    assert ends[1] == pytest.approx(ends[0], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"ema": float("nan")}, r"ema must be in \[0, 1\), got nan"),
+    ],
+)
+def test_settings_that_are_none_are_refused(digits, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(digits, **settings)
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------
