@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
+from torch.distributions import Bernoulli, MultivariateNormal
 
 import fastvae
 
@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("double")
 
 class Linear:
     """x = W z + e: the density and the posterior are known."""
+
+    bits, steps = False, (20, 1000)
 
     def __init__(self) -> None:
         self.w = torch.randn(D, L)
@@ -33,6 +35,48 @@ class Linear:
         noise = torch.tensor(0.3).log().expand(1)
         return start(z) + fastvae.gaussian_log_prob(self.x, z @ self.w.T, noise)
 
+    def begin(self, chains: int, reverse: bool):
+        """Where chains begin, the density at their start, and a scale of steps.
+
+        Backwards to a density that is narrower than the posterior, lest 1 / w have no variance.
+        """
+        if not reverse:
+            return torch.randn(chains, B, L), start, None
+        p = self.posterior
+        narrow = MultivariateNormal(p.mean + 0.1, 0.5 * p.covariance_matrix)
+        return p.sample((chains,)), narrow.log_prob, p.variance.sqrt()
+
+
+class Bits:
+    """x = W z + e of bits z: sums over all of them."""
+
+    bits, steps = True, (3, 300)
+
+    def __init__(self) -> None:
+        self.w = torch.randn(D, 6)
+        self.x = torch.randn(B, D)
+        self.every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6).unsqueeze(1)
+        self.log_p = self.log_joint(self.every)
+        self.log_px = self.log_p.logsumexp(0)
+
+    def log_start(self, z: Tensor) -> Tensor:
+        return fastvae.bernoulli_log_prob(z, torch.full((1,), -0.3))
+
+    def log_joint(self, z: Tensor) -> Tensor:
+        return self.log_start(z) + fastvae.gaussian_log_prob(
+            self.x, z @ self.w.T, torch.tensor(3.0).log().expand(1)
+        )
+
+    def begin(self, chains: int, reverse: bool):
+        if reverse:
+            drawn = torch.multinomial(self.log_p.exp().T, chains, replacement=True).T
+            return self.every[drawn].squeeze(2), self.log_start, None
+        z = Bernoulli(logits=torch.full((chains, B, 6), -0.3)).sample()
+        return z, self.log_start, None
+
+
+MODELS = pytest.mark.parametrize("kind", [Linear, Bits])
+
 
 def start(z: Tensor) -> Tensor:
     return fastvae.gaussian_log_prob(z, torch.zeros(1), torch.zeros(1))
@@ -44,18 +88,15 @@ def mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor]:
     return w.mean(0), 5 * w.std(0) / math.sqrt(len(w))
 
 
+@MODELS
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("steps", "epsilon"), [(1, 0.3), (3, 0.1), (6, 0.7)])
-def test_weights_are_unbiased_however_few_and_bad_the_steps(reverse, steps, epsilon):
-    model, chains = Linear(), 40_000
-    z, log_q, scale = torch.randn(chains, B, L), start, None
-    if reverse:  # to a density that is narrower, lest 1 / w have no variance
-        p, z = model.posterior, model.posterior.sample((chains,))
-        log_q = MultivariateNormal(p.mean + 0.1, 0.5 * p.covariance_matrix).log_prob
-        scale = p.variance.sqrt()
+def test_weights_are_unbiased_however_few_and_bad_the_steps(kind, reverse, steps, epsilon):
+    model = kind()
+    z, log_q, scale = model.begin(40_000, reverse)
     log_w, acceptance, _ = fastvae.annealed_importance_sampling(
         model.log_joint, log_q, z, steps, 3, step_size=torch.full((steps, B), epsilon),
-        reverse=reverse, scale=scale,
+        reverse=reverse, scale=scale, bits=model.bits,
     )  # fmt: skip
     assert acceptance.min() > 0.02
     assert acceptance.max() < 1.0
@@ -66,16 +107,18 @@ def test_weights_are_unbiased_however_few_and_bad_the_steps(reverse, steps, epsi
     assert (log_w.std(0) > 0.1).all()
 
 
-def test_both_directions_enclose_the_truth_and_close_on_it():
-    model = Linear()
+@MODELS
+def test_both_directions_enclose_the_truth_and_close_on_it(kind):
+    model = kind()
+    (z, log_start, _), (exact, _, _) = model.begin(64, False), model.begin(64, True)
     widths = []
-    for steps in (20, 1000):
+    for steps in model.steps:
         forward, _, epsilon = fastvae.annealed_importance_sampling(
-            model.log_joint, start, torch.randn(64, B, L), steps
+            model.log_joint, log_start, z, steps, bits=model.bits
         )
         backward, acceptance, _ = fastvae.annealed_importance_sampling(
-            model.log_joint, start, model.posterior.sample((64,)), steps, step_size=epsilon,
-            reverse=True,
+            model.log_joint, log_start, exact, steps, step_size=epsilon, reverse=True,
+            bits=model.bits,
         )  # fmt: skip
         error = 4 * torch.maximum(forward.std(0), backward.std(0)) / 8  # of 64 chains
         assert (forward.mean(0) < model.log_px + error).all()
@@ -134,6 +177,7 @@ def test_a_proposal_that_is_nan_is_not_accepted():
         ({"leapfrog_steps": 0}, ValueError, "leapfrog_steps must be positive, got 0"),
         ({"step_size": torch.ones(3)}, ValueError, r"step_size must be \[2, 5\], got \[3\]"),
         ({"log_joint": lambda z: z}, ValueError, "log_joint must return one number per row"),
+        ({"bits": True, "z": torch.full((4, 5, 2), 0.5)}, ValueError, "z must be 0 or 1 with bits"),
         ({"log_start": lambda z: 1.0}, TypeError, "log_start must return a tensor"),
     ],
 )
