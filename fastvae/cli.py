@@ -421,8 +421,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     stored = checkpoint.read(args.checkpoint)
     header, device = stored.header, _device(args.device)
     model = stored.build_model().eval().requires_grad_(False).to(device)
-    if not isinstance(model, models.Continuous):
-        raise _UsageError(f"evaluate takes models whose z is continuous, not {header.model}")
+    if not isinstance(model, models.LatentVector):
+        raise _UsageError(f"evaluate takes models whose z is a vector, not {header.model}")
     dataset = data.load(header.settings.data, args.root).to(device)
     x, generator = dataset.some_test(args.images), torch.Generator(device).manual_seed(0)
     out = args.out or args.checkpoint.parent

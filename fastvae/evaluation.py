@@ -1,6 +1,6 @@
 """What a trained model is worth, beyond its bound: how much of log p(x) it loses, and where.
 
-Of any :class:`fastvae.models.Continuous`, and images ``[B, D]``.
+Of any :class:`fastvae.models.LatentVector`, of reals or of bits, and images ``[B, D]``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .estimators import (
 from .estimators.evidence import standard_log_prob
 from .extras import require
 from .functional import log_mean_exp
-from .models import Continuous
+from .models import LatentVector
 from .models.local import refine
 from .models.posterior import Dense, Gaussian, LogProb
 
@@ -74,7 +74,7 @@ class InferenceGaps(NamedTuple):
 
 @torch.no_grad()
 def inference_gaps(
-    model: Continuous,
+    model: LatentVector,
     x: Tensor,
     steps: int = 100,
     num_samples: int = 1000,
@@ -126,7 +126,7 @@ class Bracket(NamedTuple):
 
 @torch.no_grad()
 def annealed_log_likelihood(
-    model: Continuous,
+    model: LatentVector,
     x: Tensor,
     steps: int = 300,
     chains: int = 8,
@@ -149,7 +149,7 @@ def annealed_log_likelihood(
 
 @torch.no_grad()
 def bidirectional(
-    model: Continuous,
+    model: LatentVector,
     n: int = 100,
     steps: int = 300,
     chains: int = 8,
@@ -177,7 +177,7 @@ def bidirectional(
 
 
 def _chains(
-    model: Continuous, x: Tensor, steps: int, chains: int, generator: Generator | None
+    model: LatentVector, x: Tensor, steps: int, chains: int, generator: Generator | None
 ) -> tuple[Callable[..., AnnealedWeights], Tensor]:
     """Annealing to the posteriors of ``x``, and where its chains begin, ``[K, B, L]``."""
     key = random.from_generator(generator, x.device)
@@ -196,6 +196,7 @@ def _chains(
         lambda z: torch.add(*log_joint(z)),
         log_start,
         num_steps=steps,
+        bits=model.bits,
         scale=draws.std(0),
         generator=generator,
     )
@@ -203,7 +204,7 @@ def _chains(
 
 
 @torch.no_grad()
-def posterior_means(model: Continuous, x: Tensor) -> Tensor:
+def posterior_means(model: LatentVector, x: Tensor) -> Tensor:
     """E_q[z | x] of many images, ``[B, L]``: what the next function, :func:`traversals` and
     classifiers of latents take.
 
@@ -230,7 +231,7 @@ def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:
 
 @torch.no_grad()
 def calibration(
-    model: Continuous,
+    model: LatentVector,
     levels: Sequence[float] = (0.5, 0.8, 0.95),
     n: int = 1000,
     num_samples: int = 200,
@@ -240,7 +241,8 @@ def calibration(
     """How often q's central intervals of each level hold the z that made an image.
 
     Of ``n`` images of the model's own. If q is the posterior, as often as the level says; if it is
-    too narrow, less often.
+    too narrow, less often. The end of an interval that falls on a value which q takes with some
+    probability, as of bits, holds it as often as makes the level right.
 
     Paper: Talts et al., "Validating Bayesian Inference Algorithms with Simulation-Based
     Calibration", 2018.
@@ -253,18 +255,20 @@ def calibration(
     x = model.draw_given(z, generator=generator)
     key = random.from_generator(generator, x.device)
     q, below = model.posterior(x), torch.zeros_like(z)
+    u = torch.rand(z.shape, generator=generator, dtype=z.dtype, device=z.device)
     for k in range(num_samples):
         draw, _ = q.draw_kl(model.log_prior, key=random.fold_in(key, k))
-        below += q.average((draw < z).to(z.dtype)) / num_samples
+        ties = u * (draw == z)  # each counts by chance, for all draws alike
+        below += q.average((draw < z) + ties) / num_samples
     return {level: float(((2 * below - 1).abs() < level).double().mean()) for level in levels}
 
 
 @torch.no_grad()
-def traversals(model: Continuous, means: Tensor, count: int = 10, points: int = 10) -> Tensor:
+def traversals(model: LatentVector, means: Tensor, count: int = 10, points: int = 10) -> Tensor:
     """Images along the dimensions of z that vary most: ``[count * points, D]``, one row for each.
 
-    Around the first of :func:`posterior_means`, from -2.5 to 2.5; of the others the variance is
-    taken.
+    Around the first of :func:`posterior_means`, from -2.5 to 2.5, or from 0 to 1 of bits; of the
+    others the variance is taken.
 
     >>> model, x = fastvae.models.VAE(12, latent_dim=3), torch.rand(5, 12).bernoulli()
     >>> means = fastvae.evaluation.posterior_means(model, x)
@@ -273,7 +277,7 @@ def traversals(model: Continuous, means: Tensor, count: int = 10, points: int = 
     """
     most = means.var(0).argsort(descending=True)[:count]
     z = means[0].repeat(len(most), points, 1)
-    along = torch.linspace(-2.5, 2.5, points).to(z)
+    along = torch.linspace(*((0.0, 1.0) if model.bits else (-2.5, 2.5)), points).to(z)
     for row, d in enumerate(most.tolist()):
         z[row, :, d] = along
     return model.mean_given(z.flatten(0, 1))
@@ -281,7 +285,7 @@ def traversals(model: Continuous, means: Tensor, count: int = 10, points: int = 
 
 @torch.no_grad()
 def few_label_error(
-    model: Continuous, data: Dataset, num_labels: int, classifier: str = "svm", *, seed: int = 0
+    model: LatentVector, data: Dataset, num_labels: int, classifier: str = "svm", *, seed: int = 0
 ) -> float:
     """M1: the share of test images that a classifier of q's means, of few labels, gets wrong.
 

@@ -18,7 +18,17 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["fold_in", "from_generator", "gumbel", "key", "normal", "shard", "uniform", "words"]
+__all__ = [
+    "fold_in",
+    "from_generator",
+    "gumbel",
+    "key",
+    "normal",
+    "shard",
+    "to_generator",
+    "uniform",
+    "words",
+]
 
 _MASK = 0xFFFFFFFF
 _MUL0, _MUL1 = 0xD2511F53, 0xCD9E8D57
@@ -53,6 +63,16 @@ def from_generator(
     if device is None and generator is not None:
         device = generator.device
     return torch.randint(_INT64_MAX, (2,), generator=generator, device=device)
+
+
+def to_generator(key: Tensor) -> torch.Generator:
+    """torch's own generator, on the key's device, that the key seeds: for what has no kernel.
+
+    >>> generator = fastvae.random.to_generator(fastvae.random.key(0))
+    >>> torch.rand(2, generator=generator).shape
+    torch.Size([2])
+    """
+    return torch.Generator(key.device).manual_seed(int(fold_in(key, 0)[0]))
 
 
 def fold_in(key: Tensor, data: int) -> Tensor:

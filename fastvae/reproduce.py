@@ -225,7 +225,7 @@ def _score(row: Recipe, last: _Trained, seed: int) -> dict[str, Any]:
     value = 100 * value if row.metric == "error" else -value
     scores = {"value": value, "test": asdict(found)}
     if row.annealed_images:
-        assert isinstance(model, models.Continuous)
+        assert isinstance(model, models.LatentVector)
         x = dataset.some_test(row.annealed_images).to(last.trainer.device)
         generator = torch.Generator(x.device).manual_seed(seed)
         log_p = evaluation.annealed_log_likelihood(model, x, generator=generator)

@@ -174,7 +174,7 @@ def test_evaluate_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert Path("runs/vae-digits/traversals.png").stat().st_size > 1000
     assert cli.main(["train", "naive-bayes", "--epochs", "1", "--importance-samples", "0"]) == 0
     assert cli.main(["evaluate", "runs/naive-bayes-digits/checkpoint.safetensors"]) == 2
-    assert "evaluate takes models whose z is continuous, not naive-bayes" in capsys.readouterr().err
+    assert "evaluate takes models whose z is a vector, not naive-bayes" in capsys.readouterr().err
     assert cli.main(["evaluate", "nothing"]) == 2
 
 

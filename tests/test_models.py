@@ -24,7 +24,7 @@ CONFIGS = {
     "m1m2": {**_SMALL, **_FEW, "base": models.VAE(D, 4, hidden=(8,)).config},
     "sbn": {"latent_dim": 3, "layers": 2},
 }
-CONTINUOUS = [name for name, kind in models.MODELS.items() if issubclass(kind, models.Continuous)]
+VECTORS = [name for name, kind in models.MODELS.items() if issubclass(kind, models.LatentVector)]
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -122,7 +122,7 @@ def test_nan_stays_nan(model):
     assert found[[0, 2, 3, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("name", VECTORS)
 def test_z_is_a_vector_with_a_density(name):
     model, x = build(name), images()
     z = model.sample_prior(20_000, generator=generator())

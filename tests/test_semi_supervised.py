@@ -62,14 +62,14 @@ def by_hand(model: models.M2, f: Tensor, c: int, eps: Tensor) -> tuple[Tensor, T
 def test_all_classes_at_once_are_each_on_its_own(activation):
     model, x, key = m2(activation=activation), images(), fastvae.random.key(0)
     eps = fastvae.random.normal(key, (C, len(x), L), x.dtype)
-    bound = model.bound(x, model.every, key=key)
+    bound = model.class_bound(x, model.every, key=key)
     assert bound.elbo.shape == (C, len(x))
     for c in range(C):
         recon, kl = by_hand(model, x, c, eps[c])
         torch.testing.assert_close((bound.recon[c], bound.kl[c]), (recon, kl))
     y = torch.tensor([0, 2, 1, 1, 0, 2])
     eps = fastvae.random.normal(key, (len(x), L), x.dtype)
-    own = model.bound(x, y, key=key)
+    own = model.class_bound(x, y, key=key)
     each = [by_hand(model, x, c, eps) for c in range(C)]
     recon = torch.stack([each[c][0][i] for i, c in enumerate(y.tolist())])
     torch.testing.assert_close(own.recon, recon)
@@ -86,7 +86,7 @@ def test_the_bound_without_a_label_is_the_sum_over_classes():
     model, x, key = m2(), images(), fastvae.random.key(0)
     found = model.unlabelled(x, key=key)
     q = model.classifier(x).softmax(-1)
-    each = model.bound(x, model.every, key=key).elbo - math.log(C)
+    each = model.class_bound(x, model.every, key=key).elbo - math.log(C)
     expected = (q.T * each).sum(0) + Categorical(q).entropy()
     torch.testing.assert_close(found.elbo, expected)
     torch.testing.assert_close(found.elbo, found.recon - found.kl)
@@ -103,7 +103,7 @@ def test_the_objective_is_j_over_n():
     pick = torch.randint(6, (5,), generator=h)
     x, y = made.train[model.rows[pick]], model.y[pick]
     u = model.unlabelled(batch.x, key=keys[2]).elbo.mean()
-    bound = model.bound(x, y, key=keys[3]).elbo.mean() - math.log(C)
+    bound = model.class_bound(x, y, key=keys[3]).elbo.mean() - math.log(C)
     log_q = Categorical(logits=model.classifier(x)).log_prob(y).mean()
     share = 6 / N
     constant = share * math.log(C)  # of p(y), which teaches nothing

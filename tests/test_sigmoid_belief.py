@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
-from fastvae import checkpoint, cli, data, models
+from fastvae import checkpoint, cli, data, evaluation, models, random
 
 D, UNITS = 4, 2
 
@@ -145,8 +145,58 @@ def test_samples_are_those_of_the_model():
     x = all_bits(D)
     exact = joint(model, x)[0].logsumexp(0).exp() @ x
     torch.testing.assert_close(mean, exact.detach(), rtol=0, atol=0.01)
-    assert model.sample_prior(5).shape == (5, UNITS)
+    assert model.sample_prior(5).shape == (5, 2 * UNITS)
     assert model.reconstruct(x).shape == (16, D)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_all_layers_are_one_vector_with_two_densities(layers):
+    model, x = network(layers), all_bits(D)[:5]
+    every = all_bits(layers * UNITS).unsqueeze(1).expand(-1, len(x), -1)
+    log_p, log_q = joint(model, x)
+    torch.testing.assert_close(sum(model.log_joint(x)(every)), log_p)
+    q = model.posterior(x)
+    torch.testing.assert_close(q.log_prob(every), log_q)
+    z, log_prob = q.draw(3, key=random.key(0))
+    assert z.shape == (3, 5, layers * UNITS)
+    torch.testing.assert_close(log_prob, q.log_prob(z))
+    assert q.sample(key=random.key(0)).shape == (5, layers * UNITS)
+    mean = q.sample(100_000, key=random.key(1)).mean(0)
+    torch.testing.assert_close(q.mean[:, :UNITS], mean[:, :UNITS], rtol=0, atol=0.01)
+    exact = (log_q.exp().unsqueeze(-1) * every).sum(0)
+    torch.testing.assert_close(mean, exact, rtol=0, atol=0.01)
+    whole, parts = model.sample_prior(200_000, generator=generator()).mean(0), all_bits(D)
+    exact = torch.einsum("hb,hu->u", joint(model, parts)[0].exp(), every[:, 0])
+    torch.testing.assert_close(whole, exact.detach(), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_annealing_is_exact_where_q_is_not_the_posterior(layers):
+    model, x = network(layers), all_bits(D)
+    with torch.no_grad():
+        for parameter in (*model.generation.parameters(), *model.inference.parameters()):
+            parameter *= 2.0
+    log_px = joint(model, x)[0].logsumexp(0)
+    found = evaluation.annealed_log_likelihood(model, x, 50, 500, generator=generator())
+    torch.testing.assert_close(found, log_px.detach(), rtol=0, atol=0.05)
+    lower, upper = evaluation.bidirectional(model, 1000, 50, 32, generator=generator())
+    assert lower < upper + 0.02
+    assert upper - lower < 0.1
+
+
+def test_intervals_of_bits_hold_what_they_say_if_q_is_the_posterior():
+    """x says nothing of h: the posterior is the prior."""
+    model = network(1)
+    with torch.no_grad():
+        model.generation[0].weight.zero_()
+        model.inference[0].weight.zero_()
+        model.inference[0].bias.copy_(model.top)
+    exact = evaluation.calibration(model, n=8000, generator=generator())
+    assert exact == pytest.approx({0.5: 0.5, 0.8: 0.8, 0.95: 0.95}, abs=0.015)
+    with torch.no_grad():
+        model.inference[0].bias += 2.0
+    wrong = evaluation.calibration(model, n=8000, generator=generator())
+    assert all(wrong[level] < level - 0.03 for level in wrong)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +235,6 @@ def test_trains_from_the_command_line_and_resumes(tmp_path, monkeypatch, capsys,
     last = float(out.split("epoch     4   train ELBO")[1].split()[0])
     assert last > first
     assert cli.main(["sample", "whole/checkpoint.safetensors", "-n", "9"]) == 0
+    few = ["--images", "20", "--annealing-steps", "5", "--chains", "2"]
+    assert cli.main(["evaluate", "whole/checkpoint.safetensors", *few]) == 0
+    assert "of 40" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Models made of fastvae's functions.
 
-To add one, write a subclass of :class:`Model` or, if z is a vector of reals, of
-:class:`Continuous`, whose ``__init__`` is :func:`base.configured`, in a file of its own, and name
+To add one, write a subclass of :class:`Model` or, if z is a vector, of reals or of bits, of
+:class:`LatentVector`, whose ``__init__`` is :func:`base.configured`, in a file of its own, and name
 it in :data:`MODELS`: training, checkpoints, evaluation, the command line and
 ``tests/test_models.py`` find it there.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import LIKELIHOODS, Batch, Continuous, Elbo, Likelihood, Model
+from .base import LIKELIHOODS, Batch, Elbo, LatentVector, Likelihood, Model
 from .dlgm import DLGM
 from .factor_analysis import FactorAnalysis
 from .local import LocalVAE
@@ -36,9 +36,9 @@ __all__ = [
     "PRIORS",
     "VAE",
     "Batch",
-    "Continuous",
     "Elbo",
     "FactorAnalysis",
+    "LatentVector",
     "Likelihood",
     "LocalVAE",
     "Model",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..data import Dataset
     from .posterior import Posterior
 
-__all__ = ["LIKELIHOODS", "Batch", "Continuous", "Elbo", "Likelihood", "Model"]
+__all__ = ["LIKELIHOODS", "Batch", "Elbo", "LatentVector", "Likelihood", "Model"]
 
 
 class Batch(NamedTuple):
@@ -179,8 +179,14 @@ class Model(nn.Module, ABC):
         """Each image decoded again from what the model keeps of it, ``[B, D]``."""
 
 
-class Continuous(Model):
-    """A model whose z is a vector of reals: with a density p(x, z) that has a slope in z."""
+class LatentVector(Model):
+    """A model whose z is a vector, with a density p(x, z) that has a slope in z.
+
+    Attributes:
+        bits: whether z is of zeros and ones.
+    """
+
+    bits: ClassVar[bool] = False
 
     @abstractmethod
     def posterior(self, x: Tensor) -> Posterior:
@@ -207,6 +213,17 @@ class Continuous(Model):
         """z to log p(x | z) and log p(z)."""
         log_p_x, log_prior = self.log_p_x_given(x), self.log_prior or standard_log_prob
         return lambda z: (log_p_x(z), log_prior(z))
+
+    def bound(self, x: Tensor, q: Posterior, *, key: Tensor) -> Elbo:
+        """The evidence lower bound of any q, and its terms, in nats, each ``[B]``."""
+        z, kl = q.draw_kl(self.log_prior, key=key)
+        recon, kl = q.average(self.log_p_x_given(x)(z)), q.average(kl)
+        return Elbo(recon - kl, recon, kl)
+
+    def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
+        """The bound and its terms, in nats, each ``[B]``, from one sample of z per row."""
+        key = random.from_generator(generator, x.device)
+        return self.bound(x, self.posterior(x), key=key)
 
     def log_weights(
         self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None

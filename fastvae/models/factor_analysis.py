@@ -33,7 +33,7 @@ from ..functional import (
     reparameterize,
     reparameterize_kl,
 )
-from .base import Continuous, configured
+from .base import LatentVector, configured
 from .posterior import Full, Gaussian
 
 __all__ = ["FactorAnalysis"]
@@ -41,7 +41,7 @@ __all__ = ["FactorAnalysis"]
 POSTERIORS = ("full", "diagonal")
 
 
-class FactorAnalysis(Continuous):
+class FactorAnalysis(LatentVector):
     """Factors z, of which x is a linear function and noise of a variance for each column.
 
     Args:

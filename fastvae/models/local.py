@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 
 from .. import random
 from ..estimators import Elbo
-from .base import Batch, Continuous, check_option, configured
+from .base import Batch, LatentVector, check_option, configured
 from .posterior import Gaussian
 from .vae import VAE
 
@@ -40,7 +40,7 @@ INFERENCES = ("local", "semi")
 
 
 def refine(
-    model: Continuous,
+    model: LatentVector,
     x: Tensor,
     q: Gaussian,
     steps: int,

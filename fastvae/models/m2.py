@@ -28,14 +28,14 @@ from ..data import Dataset, balanced_labels
 from ..estimators import Elbo
 from ..estimators.evidence import standard_log_prob
 from ..functional import categorical_kl, log_mean_exp
-from .base import LIKELIHOODS, Batch, Continuous, Model, check_option, configured
+from .base import LIKELIHOODS, Batch, LatentVector, Model, check_option, configured
 from .networks import ACTIVATIONS, LabelledPerceptron, mlp
 from .posterior import Gaussian, Mixture, Posterior
 
 __all__ = ["M2"]
 
 
-class M2(Continuous):
+class M2(LatentVector):
     """A VAE of images whose classes are known of a few.
 
     Args:
@@ -132,7 +132,7 @@ class M2(Continuous):
         """The same of every class, ``[C, ..., F]``."""
         return self.decode(z, self.every.reshape(-1, *[1] * (z.dim() - 1)))
 
-    def bound(self, f: Tensor, y: Tensor, *, key: Tensor) -> Elbo:
+    def class_bound(self, f: Tensor, y: Tensor, *, key: Tensor) -> Elbo:
         """Of log p(x, y) - log p(y), for each class of ``y``: ``[B]``, or ``[C, B]``."""
         z, kl = self.infer(f, y).draw_kl(None, key=key)
         recon = self.likelihood.log_prob(f, *self.decode(z, y))
@@ -141,7 +141,7 @@ class M2(Continuous):
     def unlabelled(self, f: Tensor, *, key: Tensor) -> Elbo:
         """U(x): the bound summed over all classes by q(y | x), ``[B]``."""
         logits = self.classifier(f)
-        _, recon, kl = self.bound(f, self.every, key=key)
+        _, recon, kl = self.class_bound(f, self.every, key=key)
         q = logits.softmax(-1).mT
         recon, kl = (q * recon).sum(0), (q * kl).sum(0) + categorical_kl(logits)
         return Elbo(recon - kl, recon, kl)
@@ -162,7 +162,7 @@ class M2(Continuous):
         y, labelled = self.y[pick], batch.images(self.rows[pick])
         f, known = self.features(batch.x, key=keys[0]), self.features(labelled, key=keys[1])
         other = self.unlabelled(f, key=keys[2]).weighted(kl_weight)
-        bound = self.bound(known, y, key=keys[3]).weighted(kl_weight)
+        bound = self.class_bound(known, y, key=keys[3]).weighted(kl_weight)
         log_q = self.classifier(known).log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
         share = len(self.y) / self.dataset_size
         value = (1.0 - share) * other.elbo + share * bound.elbo.mean() + self.alpha * log_q

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..estimators import Elbo, importance_weighted_bound
 from ..functional import aggregate_posterior, gaussian_kl
-from .posterior import Dense, Gaussian
+from .posterior import Gaussian, Normal
 
 if TYPE_CHECKING:
     from .vae import VAE
@@ -69,7 +69,7 @@ def _importance_weighted(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -
 
 def _dreg(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
     log_joint, q = model.log_joint(x), model.posterior(x)
-    assert isinstance(q, Dense)
+    assert isinstance(q, Normal)
     recon = x.new_zeros(())
 
     def log_w(z: Tensor) -> Tensor:

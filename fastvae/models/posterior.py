@@ -84,7 +84,7 @@ class Posterior(ABC):
     def draws(
         self, num_samples: int, chunk: int, *, key: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """:meth:`draw` in parts; those of ``low-rank`` alone depend on the size of the parts."""
+        """:meth:`draw` in parts; those of ``low-rank`` and of bits depend on the parts' size."""
         rows, dim = math.prod(self.mu.shape[:-1]), self.mu.shape[-1]
         samples, size = (math.ceil(n / self.together) for n in (num_samples, chunk))
         size += -size % 4  # so that every part starts with a whole block of noise
@@ -107,6 +107,22 @@ class Dense(Posterior):
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z | x), ``[..., B]``."""
 
+    @abstractmethod
+    def sample(self, num_samples: int | None = None, *, key: Tensor) -> Tensor:
+        """``z`` of :meth:`draw`."""
+
+    def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.sample(num_samples, key=key)
+        return z, self.log_prob(z)
+
+    def draw_kl(self, log_prior: LogProb | None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_q = self.draw(key=key)
+        return z, log_q - (log_prior or standard_log_prob)(z)
+
+
+class Normal(Dense):
+    """A Gaussian of any covariance."""
+
     def detach(self) -> Self:
         """The same q, whose parameters get no gradient."""
         return type(self)(*(getattr(self, field.name).detach() for field in fields(self)))
@@ -122,10 +138,6 @@ class Dense(Posterior):
     def sample(self, num_samples: int | None = None, *, key: Tensor) -> Tensor:
         return self.sample_kl(num_samples, key=key)[0]
 
-    def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.sample(num_samples, key=key)
-        return z, self.log_prob(z)
-
     def draw_kl(self, log_prior: LogProb | None, *, key: Tensor) -> tuple[Tensor, Tensor]:
         if log_prior is None:
             return self.sample_kl(key=key)
@@ -134,7 +146,7 @@ class Dense(Posterior):
 
 
 @dataclass(frozen=True)
-class Gaussian(Dense):
+class Gaussian(Normal):
     log_var: Tensor
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -151,7 +163,7 @@ class Gaussian(Dense):
 
 
 @dataclass(frozen=True)
-class Full(Dense):
+class Full(Normal):
     scale_tril: Tensor  # its diagonal is log C_ii
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -169,7 +181,7 @@ class Full(Dense):
 
 
 @dataclass(frozen=True)
-class LowRank(Dense):
+class LowRank(Normal):
     log_var: Tensor
     factor: Tensor
 

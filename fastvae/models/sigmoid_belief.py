@@ -20,18 +20,21 @@ Mnih & Rezende, "Variational Inference for Monte Carlo Objectives", ICML 2016; B
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor, nn
 
+from .. import random
 from ..estimators import Elbo, importance_weighted_bound, rao_blackwell_bound
 from ..estimators.control import MovingAverage
 from ..functional import bernoulli_log_prob
-from .base import Batch, Model, bernoulli_sample, check_option, configured, owned
+from .base import Batch, LatentVector, bernoulli_sample, check_option, configured, owned
 from .networks import mlp
+from .posterior import Dense
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -41,8 +44,46 @@ __all__ = ["SigmoidBelief"]
 OBJECTIVES = {"nvil": None, "vimco": 10, "rws": 10}  # and K, if nobody says
 
 
-class SigmoidBelief(Model):
-    """A model of bits by layers of bits, inferred by layers of bits.
+@dataclass(frozen=True)
+class Bits(Dense):
+    """q(h | x), layer by layer; ``mu`` is x less the mean image."""
+
+    layers: Sequence[nn.Module]
+
+    def of_layers(
+        self, num_samples: int, generator: Generator | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """``h_l``, ``[K, B, units]`` each, and log q of each layer, ``[K, B, L]``."""
+        low, bits, log_q = self.mu.unsqueeze(0), [], []
+        for layer in self.layers:
+            logits = layer(low).expand(num_samples, -1, -1)
+            low = bernoulli_sample(logits, generator=generator)
+            bits.append(low)
+            log_q.append(bernoulli_log_prob(low, logits))
+        return bits, torch.stack(log_q, -1)
+
+    def sample(self, num_samples: int | None = None, *, key: Tensor) -> Tensor:
+        bits, _ = self.of_layers(num_samples or 1, random.to_generator(key))
+        h = torch.cat(bits, -1)
+        return h.squeeze(0) if num_samples is None else h
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        bits = z.chunk(len(self.layers), -1)
+        factors = zip(self.layers, pairwise([self.mu, *bits]), strict=True)
+        return torch.stack([bernoulli_log_prob(h, f(low)) for f, (low, h) in factors]).sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Each layer's, as if the one below it were at its mean: of the lowest it is that of q."""
+        h, means = self.mu, []
+        for layer in self.layers:
+            h = layer(h).sigmoid()
+            means.append(h)
+        return torch.cat(means, -1)
+
+
+class SigmoidBelief(LatentVector):
+    """A model of bits by layers of bits, inferred by layers of bits: z has all of them.
 
     Args:
         data_dim: D.
@@ -57,6 +98,7 @@ class SigmoidBelief(Model):
     torch.Size([4])
     """
 
+    bits = True
     mean: Tensor
     depends: Tensor
 
@@ -82,7 +124,7 @@ class SigmoidBelief(Model):
         if objective == "vimco" and num_samples == 1:
             raise ValueError("SigmoidBelief: num_samples of vimco must be at least 2, got 1")
         self.config["num_samples"] = num_samples
-        self.latent_dim, self.num_samples = latent_dim, num_samples
+        self.latent_dim, self.num_samples = layers * latent_dim, num_samples
         sizes = [data_dim, *[latent_dim] * layers]
         self.inference = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.generation = nn.ModuleList(nn.Linear(b, a) for a, b in pairwise(sizes))
@@ -101,47 +143,54 @@ class SigmoidBelief(Model):
         with torch.no_grad():
             self.generation[0].bias.copy_(self.mean.logit(eps=1e-2))  # type: ignore[operator]
 
-    def draw(
-        self, x: Tensor, num_samples: int, generator: Generator | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Bits ``h_l`` of q(h | x), ``[K, B, units]`` each; log q of each layer, ``[K, B, L]``."""
-        below = (x - self.mean).expand(num_samples, *x.shape)
-        bits: list[Tensor] = []
-        log_q: list[Tensor] = []
-        for layer in self.inference:
-            logits = layer(below[:1] if not bits else below).expand(num_samples, -1, -1)
-            below = bernoulli_sample(logits, generator=generator)
-            bits.append(below)
-            log_q.append(bernoulli_log_prob(below, logits))
-        return bits, torch.stack(log_q, -1)
+    def posterior(self, x: Tensor) -> Bits:
+        return Bits(x - self.mean, self.inference)  # type: ignore[arg-type]
 
-    def log_p(self, x: Tensor, bits: list[Tensor]) -> Tensor:
-        """log p(h_{l-1} | h_l) from the lowest, and of the top layer, ``[K, B, L + 1]``."""
-        below = [x, *bits]
-        terms = [
-            bernoulli_log_prob(low, layer(high))
-            for layer, (low, high) in zip(self.generation, pairwise(below), strict=True)
-        ]
-        return torch.stack([*terms, bernoulli_log_prob(bits[-1], self.top)], -1)
+    def log_p_of_layers(self, z: Tensor) -> list[Tensor]:
+        """log p(h_l | h_{l+1}) of each layer, ``[..., B]``."""
+        bits = z.chunk(len(self.generation), -1)
+        logits = [f(h) for f, h in zip(list(self.generation)[1:], bits[1:], strict=True)]
+        pairs = zip(bits, [*logits, self.top], strict=True)
+        return [bernoulli_log_prob(h, eta) for h, eta in pairs]
 
-    def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
-        """The bound of one sample, without a gradient for q, ``[B]``."""
-        bits, log_q = self.draw(x, 1, generator)
-        log_p = self.log_p(x, bits)
-        recon = log_p[0, :, 0]
-        kl = log_q[0].sum(-1) - log_p[0, :, 1:].sum(-1)
-        return Elbo(recon - kl, recon, kl)
+    @property
+    def log_prior(self) -> Callable[[Tensor], Tensor]:
+        return lambda z: torch.stack(self.log_p_of_layers(z)).sum(0)
+
+    def _logits(self, z: Tensor) -> Tensor:
+        """Of p(x | h_1)."""
+        return self.generation[0](z.chunk(len(self.generation), -1)[0])  # type: ignore[no-any-return]
+
+    def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda z: bernoulli_log_prob(x, self._logits(z))
+
+    def mean_given(self, z: Tensor) -> Tensor:
+        return self._logits(z).sigmoid()
+
+    def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
+        return bernoulli_sample(self._logits(z), generator=generator)
+
+    @torch.no_grad()
+    def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
+        """``n`` draws of all layers, from the top down, ``[n, L * units]``."""
+        bits = [bernoulli_sample(self.top.expand(n, -1), generator=generator)]
+        for layer in list(self.generation)[:0:-1]:
+            bits.insert(0, bernoulli_sample(layer(bits[0]), generator=generator))
+        return torch.cat(bits, -1)
 
     def objective(
         self, batch: Batch, *, kl_weight: float = 1.0, generator: Generator | None = None
     ) -> Elbo:
         """The bound of K samples with the gradient that the objective names, ``[B]``."""
-        bits, log_q = self.draw(batch.x, self.num_samples or 1, generator)
-        log_p = self.log_p(batch.x, bits)
-        recon = log_p[..., 0].mean(0)
+        q = self.posterior(batch.x)
+        bits, log_q = q.of_layers(self.num_samples or 1, generator)
+        z = torch.cat(bits, -1)
+        log_p_x = self.log_p_x_given(batch.x)(z)
+        log_p = torch.stack([log_p_x, *self.log_p_of_layers(z)], -1)
+        recon = log_p_x.mean(0)
         name = self.config["objective"]
         if name == "nvil":
-            seen = [batch.x - self.mean, *bits[:-1]]
+            seen = [q.mu, *bits[:-1]]
             shape = log_q.shape[:-1]
             baseline = torch.cat(
                 [net(h).expand(*shape, 1) for net, h in zip(self.baselines, seen, strict=True)], -1
@@ -153,29 +202,3 @@ class SigmoidBelief(Model):
             log_q = log_q.sum(-1)
             bound = importance_weighted_bound(log_p.sum(-1) - log_q, name, log_q=log_q)
         return Elbo(bound, recon, recon - bound)
-
-    def log_weights(
-        self, x: Tensor, num_samples: int, chunk: int, *, generator: Generator | None = None
-    ) -> Iterator[Tensor]:
-        for start in range(0, num_samples, chunk):
-            bits, log_q = self.draw(x, min(chunk, num_samples - start), generator)
-            yield self.log_p(x, bits).sum(-1) - log_q.sum(-1)
-
-    @torch.no_grad()
-    def sample_prior(self, n: int, *, generator: Generator | None = None) -> Tensor:
-        """``n`` draws of the top layer, ``[n, units]``."""
-        return bernoulli_sample(self.top.expand(n, -1), generator=generator)
-
-    @torch.no_grad()
-    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
-        """The means of p(x | h_1), from the top down, ``[n, D]``."""
-        h = self.sample_prior(n, generator=generator)
-        for layer in list(self.generation)[:0:-1]:
-            h = bernoulli_sample(layer(h), generator=generator)
-        return self.generation[0](h).sigmoid()
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """The means of p(x | h_1) at the likelier bits of q(h_1 | x), ``[B, D]``."""
-        h = (self.inference[0](x - self.mean) > 0).to(x.dtype)
-        return self.generation[0](h).sigmoid()

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from .. import random
 from ..estimators import Elbo
 from ..flows.flow import Chain
-from .base import LIKELIHOODS, Batch, Continuous, check_option, configured, owned
+from .base import LIKELIHOODS, Batch, LatentVector, check_option, configured, owned
 from .networks import mlp
 from .objective import OBJECTIVES
 from .posterior import POSTERIORS, Gaussian, Moved, Posterior
@@ -27,7 +27,7 @@ from .prior import PRIORS, Prior
 __all__ = ["VAE"]
 
 
-class VAE(Continuous):
+class VAE(LatentVector):
     """A latent variable decoded by a perceptron, and a perceptron that infers it.
 
     Args:
@@ -167,17 +167,6 @@ class VAE(Continuous):
 
     def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
         return self.likelihood.sample(*self.decode(z), generator=generator)
-
-    def bound(self, x: Tensor, q: Posterior, *, key: Tensor) -> Elbo:
-        """The evidence lower bound of any q, and its terms, in nats, each ``[B]``."""
-        z, kl = q.draw_kl(self.log_prior, key=key)
-        recon, kl = q.average(self.log_p_x_given(x)(z)), q.average(kl)
-        return Elbo(recon - kl, recon, kl)
-
-    def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
-        """The bound and its terms, in nats, each ``[B]``, from one sample of z per row."""
-        key = random.from_generator(generator, x.device)
-        return self.bound(x, self.posterior(x), key=key)
 
     def objective(
         self, batch: Batch, *, kl_weight: float = 1.0, generator: Generator | None = None
