@@ -7,6 +7,7 @@ how far training went, how long it took, and on what.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -174,9 +175,10 @@ def _train(
 ) -> list[_Trained] | None:
     """Every stage; None if Ctrl-C stopped one."""
     trained: dict[str, _Trained] = {}
+    load = functools.cache(lambda name: data.load(name, root))
     for stage in row.stages:
         settings = Settings(**{"seed": seed, **stage.settings})
-        dataset = data.load(settings.data, root)
+        dataset = load(settings.data)
         own = issubclass(models.MODELS[stage.model], models.M2)  # rows share what has no labels
         folder = out / (row.name if own else stage.family) / f"seed-{seed}" / stage.name
         path = folder / "checkpoint.safetensors"

@@ -160,5 +160,4 @@ class M1M2(M2):
 
     @torch.no_grad()
     def generate(self, z: Tensor, y: Tensor) -> Tensor:
-        """The mean images of styles ``[..., L]`` and classes ``[...]``."""
         return self.base.mean_given(super().generate(z, y))

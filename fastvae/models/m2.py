@@ -28,14 +28,15 @@ from ..data import Dataset, balanced_labels
 from ..estimators import Elbo
 from ..estimators.evidence import standard_log_prob
 from ..functional import categorical_kl, log_mean_exp
-from .base import LIKELIHOODS, Batch, LatentVector, Model, check_option, configured
+from .base import LIKELIHOODS, Batch, Model, check_option, configured
 from .networks import ACTIVATIONS, LabelledPerceptron, mlp
 from .posterior import Gaussian, Mixture, Posterior
+from .styles import Styled
 
 __all__ = ["M2"]
 
 
-class M2(LatentVector):
+class M2(Styled):
     """A VAE of images whose classes are known of a few.
 
     Args:
@@ -58,7 +59,6 @@ class M2(LatentVector):
     of_data = (*Model.of_data, "dataset_size")
     rows: Tensor
     y: Tensor
-    every: Tensor
 
     @configured
     def __init__(
@@ -203,60 +203,14 @@ class M2(LatentVector):
         y = torch.randint(self.classes, z.shape[:-1], generator=generator, device=z.device)
         return self.likelihood.sample(*self.decode(z, y), generator=generator)
 
-    # styles in classes
+    # what styles.py draws
 
     @torch.no_grad()
     def generate(self, z: Tensor, y: Tensor) -> Tensor:
-        """The mean images of styles ``[..., L]`` and classes ``[...]``."""
         return self.likelihood.mean(*self.decode(z, y))
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
-        """Images of all classes by turns, ``[n, D]``."""
-        y = torch.arange(n, device=self.every.device) % self.classes
-        z = self.sample_prior(n, generator=generator)
-        return self.generate(z[:, -self.style_dim :], y)
-
-    def _style(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def style(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f = self.likely_features(x)
         y = self.classifier(f).argmax(-1)
         return self.infer(f, y).mu, y
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean image of the likeliest class and the mean of q(z | x, y), ``[B, D]``."""
-        return self.generate(*self._style(x))
-
-    @torch.no_grad()
-    def analogies(self, x: Tensor) -> Tensor:
-        """Each image, and its style in every class, ``[B, 1 + C, D]``."""
-        z, _ = self._style(x)
-        made = self.generate(z.expand(self.classes, *z.shape), self.every.expand(-1, len(x)))
-        return torch.cat([x.unsqueeze(1), made.movedim(0, 1)], 1)
-
-    def panels(self, x: Tensor, generator: Generator | None = None) -> list[tuple[str, Tensor]]:
-        """Samples, analogies, and, if z has 2 dimensions, styles; of rows as long as there are
-        classes."""
-        side = self.classes
-        panels = [
-            ("samples, a class a column", self.sample(len(x), generator=generator)),
-            ("the first column's styles, in all classes", self.analogies(x[::side])[:, 1:]),
-        ]
-        if self.style_dim == 2:
-            panels.append(("a class in all styles", self.styles(2 % side, side)))
-        return [(caption, images.reshape(-1, x.shape[-1])) for caption, images in panels]
-
-    @torch.no_grad()
-    def styles(self, y: int, side: int = 10) -> Tensor:
-        """Images of a class over a grid of z, which must be of 2 dimensions, ``[side^2, D]``.
-
-        At the quantiles of p(z), as in the paper's figure 1.
-        """
-        if self.style_dim != 2:
-            raise ValueError(
-                f"{type(self).__name__}: latent_dim must be 2 for styles, got {self.style_dim}"
-            )
-        like = next(self.parameters())
-        along = torch.linspace(0.05, 0.95, side, dtype=like.dtype, device=like.device)
-        z = torch.cartesian_prod(*[torch.special.ndtri(along)] * 2)
-        return self.generate(z, torch.full((len(z),), y, device=like.device))
