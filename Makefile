@@ -6,12 +6,14 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Several tests at once; their threads sleep where they wait, and leave the cores to one another.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastvae -name '*.py' -o -name '*.h' \
   -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test demo bench simt lint dev clean
 test: .venv/installed
-	$(BIN)/pytest --ignore=tests/test_simt.py
+	$(PYTEST) --ignore=tests/test_simt.py
 
 demo: .venv/installed
 	$(BIN)/fastvae demo
