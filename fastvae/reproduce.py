@@ -32,7 +32,11 @@ METRICS = {"error": "test error, %", "nll": "-log p(x), nats", "bound": "-ELBO, 
 
 @dataclass(frozen=True)
 class Stage:
-    """A model to train; ``features`` names the stage whose encoder it is a model of."""
+    """A model to train.
+
+    ``features`` names the stage whose encoder it is a model of, ``start`` the one with whose
+    weights it begins.
+    """
 
     name: str
     model: str
@@ -41,6 +45,7 @@ class Stage:
     settings: dict[str, Any]
     family: str  # the table it is written in
     features: str | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,8 @@ def _train(
             m1 = trained[stage.features].model if stage.features else None
             assert m1 is None or isinstance(m1, models.VAE)
             trainer = train.Trainer(stage.model, config, dataset, settings, device, m1)
+            if stage.start:
+                trainer.begin_with(trained[stage.start].model)
         wanted = stage.epochs if epochs is None else epochs
         left = (deadline - time.monotonic()) / 60
         if trainer.epoch < wanted and left > 0 and not trainer.exhausted:

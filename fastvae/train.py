@@ -136,6 +136,19 @@ class Trainer:
         assert isinstance(self._moving.module, models.Model)
         return self._moving.module
 
+    def begin_with(self, model: models.Model) -> None:
+        """Take the weights of another, of the same sizes, before the first step.
+
+        Raises:
+            ValueError: if there have been steps.
+            RuntimeError: if the sizes differ.
+        """
+        if self.step:
+            raise ValueError(f"begin_with: step must be 0, got {self.step}")
+        weights = model.state_dict()
+        self.model.load_state_dict(weights)
+        self.average.load_state_dict(weights)
+
     def _learnt(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 

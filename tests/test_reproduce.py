@@ -39,6 +39,7 @@ def test_a_recipe_can_be_built(name):
             config["num_labels"] = recipe.num_labels
         if stage.features:
             config["base"] = built[stage.features].config
+        assert stage.start is None or stage.start in built
         built[stage.name] = models.build(stage.model, {**own, **config})
     if recipe.classifier:
         assert recipe.classifier in evaluation.CLASSIFIERS
@@ -123,6 +124,26 @@ def test_stages_share_what_comes_before_the_labels(tmp_path):
         "both-50/seed-0/m2/checkpoint.safetensors",
         "first/seed-0/m1/checkpoint.safetensors",
     ]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_stage_may_begin_where_another_ended(tmp_path, ema):
+    first = Stage("vae", "vae", 2, VAE, {"data": "digits"}, "first")
+    tight = {**VAE, "objective": "iwae", "num_samples": 5}
+    second = Stage("iwae", "vae", 0, tight, {"data": "digits", "ema": ema}, "made", start="vae")
+    before = reproduce.run(row(stages=(first,)), tmp_path)
+    after = reproduce.run(row(stages=(first, second)), tmp_path)
+    assert after["ours"] == before["ours"]  # of no epochs of its own
+    more = reproduce.run(row(stages=(first, second)), tmp_path, epochs=3)
+    assert more["ours"] < after["ours"]
+    digits = data.load("digits")
+    trainer = train.Trainer("vae", VAE, digits, Settings())
+    trainer.train_step()
+    with pytest.raises(ValueError, match="begin_with: step must be 0, got 1"):
+        trainer.begin_with(trainer.model)
+    wider = models.VAE(64, latent_dim=5, hidden=(16,))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        train.Trainer("vae", VAE, digits, Settings()).begin_with(wider)
 
 
 @pytest.mark.parametrize("classifier", evaluation.CLASSIFIERS)
