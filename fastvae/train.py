@@ -137,17 +137,20 @@ class Trainer:
         return self._moving.module
 
     def begin_with(self, model: models.Model) -> None:
-        """Take the weights of another, of the same sizes, before the first step.
+        """Take the weights of another before the first step; what it lacks, as a flow, stays.
 
         Raises:
-            ValueError: if there have been steps.
+            ValueError: if there have been steps, or it has what this one lacks.
             RuntimeError: if the sizes differ.
         """
         if self.step:
             raise ValueError(f"begin_with: step must be 0, got {self.step}")
-        weights = model.state_dict()
-        self.model.load_state_dict(weights)
-        self.average.load_state_dict(weights)
+        lacking = self.model.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+        if lacking:
+            raise ValueError(
+                f"begin_with: model must have no weights but this one's, got {', '.join(lacking)}"
+            )
+        self.average.load_state_dict(self.model.state_dict())
 
     def _learnt(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

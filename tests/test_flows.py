@@ -169,11 +169,13 @@ def test_a_context_conditions_the_density():
             flow.log_prob(x, wrong)
 
 
-def test_splines_radial_and_sylvester_steps_start_as_the_identity():
-    z = torch.randn(9, 4)
+def test_splines_and_residual_steps_start_as_the_identity():
+    z, context = torch.randn(9, 4), 100.0 * torch.randn(9, 5)
+    residual = [kind(4, 3, size) for kind in (flows.Planar, flows.Radial) for size in (0, 5)]
     sylvester = [flows.Sylvester(4, 3, kind=kind) for kind in KINDS]
-    for transform in (flows.SplineCoupling(4), flows.Radial(4, 3), *sylvester):
-        x, log_det = transform(z)
+    for transform in (flows.SplineCoupling(4), *residual, *sylvester):
+        given = context if getattr(transform, "context_dim", 0) else None
+        x, log_det = transform(z, given)
         torch.testing.assert_close(x, z, atol=1e-5, rtol=0.0)
         torch.testing.assert_close(log_det, torch.zeros(9), atol=1e-5, rtol=0.0)
 

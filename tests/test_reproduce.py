@@ -141,6 +141,13 @@ def test_a_stage_may_begin_where_another_ended(tmp_path, ema):
     trainer.train_step()
     with pytest.raises(ValueError, match="begin_with: step must be 0, got 1"):
         trainer.begin_with(trainer.model)
+    flow = train.Trainer("vae", {**VAE, "posterior": "planar"}, digits, Settings(ema=ema))
+    own = flow.model.state_dict()
+    flow.begin_with(trainer.model)
+    for name, value in flow.average.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict().get(name, own[name]))
+    with pytest.raises(ValueError, match="no weights but this one's, got flow"):
+        train.Trainer("vae", VAE, digits, Settings()).begin_with(flow.model)
     wider = models.VAE(64, latent_dim=5, hidden=(16,))
     with pytest.raises(RuntimeError, match="size mismatch"):
         train.Trainer("vae", VAE, digits, Settings()).begin_with(wider)

@@ -30,7 +30,7 @@ class _Residual(TwoWay):
 
     flow: Callable[..., tuple[Tensor, Tensor]]  # (z, *parts) -> z, log_det
     vectors: int
-    spread = 0.1  # of a conditioner's weights, to what torch begins with
+    spread = 0.0  # of a conditioner's weights, to what torch begins with; 0: all rows start alike
 
     def start(self) -> Tensor:
         """The steps to begin with, ``[K, size]``."""
