@@ -105,7 +105,7 @@ def inference_gaps(
     """
     q = model.posterior(x)
     if not isinstance(q, Gaussian):
-        kind = model.config["posterior"]
+        kind = model.config.get("posterior", type(q).__name__.lower())
         raise ValueError(f"inference_gaps: model must have a gaussian posterior, got {kind!r}")
     key = random.from_generator(generator, x.device)
     own = refine(model, x, q, steps, key=random.fold_in(key, 0))
@@ -184,7 +184,9 @@ def _chains(
     q, log_joint = model.posterior(x), model.log_joint(x)
     if isinstance(q, Gaussian):
         q = refine(model, x, q, 100, key=random.fold_in(key, 0))
-    draws, _ = q.draw(max(64, q.together), key=random.fold_in(key, 1))
+    scale = None
+    if not model.bits:
+        scale = q.draw(max(64, q.together), key=random.fold_in(key, 1))[0].std(0)
     if isinstance(q, Dense):
         log_start: LogProb = q.log_prob
         z = q.sample(chains, key=random.fold_in(key, 2))
@@ -197,7 +199,7 @@ def _chains(
         log_start,
         num_steps=steps,
         bits=model.bits,
-        scale=draws.std(0),
+        scale=scale,
         generator=generator,
     )
     return anneal, z
@@ -205,8 +207,8 @@ def _chains(
 
 @torch.no_grad()
 def posterior_means(model: LatentVector, x: Tensor) -> Tensor:
-    """E_q[z | x] of many images, ``[B, L]``: what the next function, :func:`traversals` and
-    classifiers of latents take.
+    """E_q[z | x] of many images, ``[B, L]``: what :func:`active_units`, :func:`traversals` and
+    classifiers of latents take. Of a flow, and of layers of bits, what stands for it.
 
     >>> model, x = fastvae.models.VAE(12, latent_dim=3), torch.rand(5, 12).bernoulli()
     >>> fastvae.evaluation.posterior_means(model, x).shape
@@ -267,15 +269,15 @@ def calibration(
 def traversals(model: LatentVector, means: Tensor, count: int = 10, points: int = 10) -> Tensor:
     """Images along the dimensions of z that vary most: ``[count * points, D]``, one row for each.
 
-    Around the first of :func:`posterior_means`, from -2.5 to 2.5, or from 0 to 1 of bits; of the
-    others the variance is taken.
+    Of those that p(x | z) is of. Around the first of :func:`posterior_means`, from -2.5 to 2.5, or
+    from 0 to 1 of bits; of the others the variance is taken.
 
     >>> model, x = fastvae.models.VAE(12, latent_dim=3), torch.rand(5, 12).bernoulli()
     >>> means = fastvae.evaluation.posterior_means(model, x)
     >>> fastvae.evaluation.traversals(model, means, count=2, points=4).shape
     torch.Size([8, 12])
     """
-    most = means.var(0).argsort(descending=True)[:count]
+    most = means[:, : model.decoded_dim].var(0).argsort(descending=True)[:count]
     z = means[0].repeat(len(most), points, 1)
     along = torch.linspace(*((0.0, 1.0) if model.bits else (-2.5, 2.5)), points).to(z)
     for row, d in enumerate(most.tolist()):

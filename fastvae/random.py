@@ -68,6 +68,9 @@ def from_generator(
 def to_generator(key: Tensor) -> torch.Generator:
     """torch's own generator, on the key's device, that the key seeds: for what has no kernel.
 
+    Its noise is that of the device and of the order of the draws, as the rest of this module's is
+    not; on the CPU it knows 2^32 seeds.
+
     >>> generator = fastvae.random.to_generator(fastvae.random.key(0))
     >>> torch.rand(2, generator=generator).shape
     torch.Size([2])

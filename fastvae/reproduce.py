@@ -23,7 +23,7 @@ import torch
 import fastvae
 
 from . import data, evaluation, files, models, train
-from .checkpoint import Settings
+from .checkpoint import CheckpointError, Settings
 
 __all__ = ["METRICS", "Recipe", "recipe", "recipes", "run"]
 
@@ -55,11 +55,13 @@ class _Trained:
     trainer: train.Trainer
     model: models.Model  # of the best epoch, if that was looked for
     seconds: float
+    begun: dict[str, Any]  # how far the stages were that it was made of
 
     @property
     def how_far(self) -> dict[str, Any]:
         best = self.trainer.best_epoch or None
-        return {"epochs": self.trainer.epoch, "best_epoch": best, "seconds": self.seconds}
+        own = {"epochs": self.trainer.epoch, "best_epoch": best, "seconds": self.seconds}
+        return own | ({"of": self.begun} if self.begun else {})
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,10 @@ def _train(
         dataset = load(settings.data)
         own = issubclass(models.MODELS[stage.model], models.M2)  # rows share what has no labels
         folder = out / (row.name if own else stage.family) / f"seed-{seed}" / stage.name
-        path = folder / "checkpoint.safetensors"
+        path, begun = folder / "checkpoint.safetensors", folder / "begun.json"
         if path.exists():
             trainer = train.Trainer.resume(path, dataset, device)
+            _check_same(stage, trainer, settings, path)
         else:
             config = dict(stage.config)
             if own:
@@ -198,6 +201,8 @@ def _train(
             trainer = train.Trainer(stage.model, config, dataset, settings, device, m1)
             if stage.start:
                 trainer.begin_with(trained[stage.start].model)
+            of = {name: trained[name].how_far for name in (stage.features, stage.start) if name}
+            files.write_atomically(begun, json.dumps(of).encode())
         wanted = stage.epochs if epochs is None else epochs
         left = (deadline - time.monotonic()) / 60
         if trainer.epoch < wanted and left > 0 and not trainer.exhausted:
@@ -208,8 +213,20 @@ def _train(
             if not finished:
                 return None
         model = train.best_model(trainer, path)
-        trained[stage.name] = _Trained(trainer, model, _seconds(folder))
+        of = json.loads(begun.read_text()) if begun.exists() else {}
+        trained[stage.name] = _Trained(trainer, model, _seconds(folder), of)
     return list(trained.values())
+
+
+def _check_same(stage: Stage, trainer: train.Trainer, settings: Settings, path: Path) -> None:
+    """A run that goes on must be one of the recipe."""
+    stored = {**trainer.model.config, **vars(trainer.settings)}
+    for name, value in {**stage.config, **vars(settings)}.items():
+        if stored.get(name) != value:
+            raise CheckpointError(
+                f"{path} was trained with {name} {stored.get(name)!r}, the recipe has {value!r}; "
+                "pass another --out, or delete it"
+            )
 
 
 def _seconds(folder: Path) -> float:

@@ -64,6 +64,17 @@ def learning_rate(settings: Settings, epoch: int) -> float:
     return settings.lr if settings.ema else settings.lr / math.sqrt(1 + epoch / 10)
 
 
+def moving_average(decay: float) -> Callable[..., None]:
+    """``average += (1 - d_n) (weights - average)``, after n steps with d_n = min(decay,
+    (1 + n) / (10 + n)): so that the first weights are soon forgotten."""
+
+    def update(average: Any, weights: Any, number: Tensor | int) -> None:
+        n = int(number)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(average, weights, number)
+
+    return update
+
+
 class Trainer:
     """A model in training: everything that changes from step to step, and how to store it.
 
@@ -121,9 +132,7 @@ class Trainer:
         self.model.prepare(self.data, self.generator)
         self._moving: AveragedModel | None = None
         if settings.ema:
-            self._moving = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)
-            )
+            self._moving = AveragedModel(self.model, multi_avg_fn=moving_average(settings.ema))
         self.optimizer = torch.optim.Adam(self._learnt().values(), lr=settings.lr, fused=True)
         self.step = self.epoch = self.batch = self.best_epoch = 0
         self.best: float | None = None
@@ -140,17 +149,25 @@ class Trainer:
         """Take the weights of another before the first step; what it lacks, as a flow, stays.
 
         Raises:
-            ValueError: if there have been steps, or it has what this one lacks.
-            RuntimeError: if the sizes differ.
+            ValueError: if there have been steps, or the other is of another kind, activation or
+                size, or has what this one lacks.
         """
         if self.step:
             raise ValueError(f"begin_with: step must be 0, got {self.step}")
-        lacking = self.model.load_state_dict(model.state_dict(), strict=False).unexpected_keys
-        if lacking:
+        own, weights = self.model.state_dict(), model.state_dict()
+        wrong = [n for n, w in weights.items() if n not in own or own[n].shape != w.shape]
+        wrong += [
+            n
+            for n in ("activation", "likelihood")
+            if self.model.config.get(n) != model.config.get(n)
+        ]
+        if wrong or type(model) is not type(self.model):
             raise ValueError(
-                f"begin_with: model must have no weights but this one's, got {', '.join(lacking)}"
+                f"begin_with: model must be a part of this {self.name}, got a "
+                f"{type(model).__name__} with other {', '.join(wrong)}"
             )
-        self.average.load_state_dict(self.model.state_dict())
+        for one in (self.model, self.average):
+            one.load_state_dict(own | weights)
 
     def _learnt(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

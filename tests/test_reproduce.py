@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fastvae import checkpoint, cli, data, evaluation, models, reproduce, train
-from fastvae.checkpoint import Settings
+from fastvae.checkpoint import CheckpointError, Settings
 from fastvae.reproduce import Recipe, Stage
 
 RECIPES = reproduce.recipes()
@@ -142,15 +143,35 @@ def test_a_stage_may_begin_where_another_ended(tmp_path, ema):
     with pytest.raises(ValueError, match="begin_with: step must be 0, got 1"):
         trainer.begin_with(trainer.model)
     flow = train.Trainer("vae", {**VAE, "posterior": "planar"}, digits, Settings(ema=ema))
-    own = flow.model.state_dict()
+    own = {name: value.clone() for name, value in flow.model.state_dict().items()}
     flow.begin_with(trainer.model)
     for name, value in flow.average.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict().get(name, own[name]))
-    with pytest.raises(ValueError, match="no weights but this one's, got flow"):
-        train.Trainer("vae", VAE, digits, Settings()).begin_with(flow.model)
-    wider = models.VAE(64, latent_dim=5, hidden=(16,))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        train.Trainer("vae", VAE, digits, Settings()).begin_with(wider)
+    fresh = train.Trainer("vae", VAE, digits, Settings())
+    before = {name: value.clone() for name, value in fresh.model.state_dict().items()}
+    for other, message in (
+        (flow.model, "with other flow"),
+        (models.VAE(64, latent_dim=5, hidden=(16,)), "with other encoder"),
+        (models.VAE(64, latent_dim=4, hidden=(16,), activation="relu"), "with other activation"),
+        (models.DLGM(64, latent_dim=4, hidden=(16,)), "a part of this vae, got a DLGM"),
+    ):
+        with pytest.raises(ValueError, match=f"begin_with: model must be .*{message}"):
+            fresh.begin_with(other)
+    assert all(torch.equal(value, before[n]) for n, value in fresh.model.state_dict().items())
+
+
+def test_a_run_goes_on_by_its_recipe_only_and_says_what_it_was_made_of(tmp_path):
+    first = Stage("vae", "vae", 2, VAE, {"data": "digits"}, "first")
+    second = Stage("more", "vae", 1, VAE, {"data": "digits"}, "made", start="vae")
+    reproduce.run(row(stages=(first, second)), tmp_path, epochs=1)
+    record = reproduce.run(row(stages=(first, second)), tmp_path)
+    trained = record["seeds"][0]["training"]
+    assert trained["vae"]["epochs"] == 2
+    assert trained["more"]["of"]["vae"]["epochs"] == 1  # as it was then
+    for change in ({"config": {**VAE, "latent_dim": 5}}, {"settings": {"data": "digits", "lr": 1}}):
+        other = dataclasses.replace(first, **change)
+        with pytest.raises(CheckpointError, match=r"the recipe has .*; pass another --out"):
+            reproduce.run(row(stages=(other,)), tmp_path)
 
 
 @pytest.mark.parametrize("classifier", evaluation.CLASSIFIERS)
@@ -218,5 +239,7 @@ def test_records_are_those_of_the_page(path):
     (line,) = [line for line in page.splitlines() if line.startswith(f"| `{recipe.name}` |")]
     assert f"| {record['ours']:.2f}" in line
     assert f"| {recipe.published:g}" in line or f"| ~{recipe.published:g}" in line
-    assert [stage["config"] for stage in record["stages"]] == [s.config for s in recipe.stages]
+    for stage, own in zip(record["stages"], recipe.stages, strict=True):
+        assert (stage["config"], stage["settings"]) == (own.config, own.settings)
+        assert stage.get("start") == own.start
     assert torch.isfinite(torch.tensor(record["ours"]))

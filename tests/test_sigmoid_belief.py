@@ -184,6 +184,28 @@ def test_annealing_is_exact_where_q_is_not_the_posterior(layers):
     assert upper - lower < 0.1
 
 
+def test_rare_bits_are_as_rare_in_half_types():
+    logits = torch.tensor([-8.0, 8.0, -20.0, 20.0]).expand(1_000_000, 4)
+    bits = models.base.bernoulli_sample(logits.bfloat16(), generator=generator())
+    assert bits.dtype == torch.bfloat16
+    rate = bits.double().mean(0)
+    exact = logits[0].sigmoid()
+    error = 5 * (exact * (1 - exact) / 1_000_000).sqrt() + 1e-7
+    assert ((rate - exact).abs() <= error).all()
+
+
+def test_what_is_drawn_along_is_what_images_are_of():
+    model = network(3)
+    with torch.no_grad():
+        model.inference[2].weight *= 100.0  # the top bits vary most
+    means = evaluation.posterior_means(model, all_bits(D))
+    made = evaluation.traversals(model, means, points=5).unflatten(0, (-1, 5))
+    assert len(made) == UNITS
+    assert (made.std(1).amax(-1) > 1e-3).all()
+    with pytest.raises(ValueError, match="must have a gaussian posterior, got 'bits'"):
+        evaluation.inference_gaps(model, all_bits(D))
+
+
 def test_intervals_of_bits_hold_what_they_say_if_q_is_the_posterior():
     """x says nothing of h: the posterior is the prior."""
     model = network(1)

@@ -204,15 +204,16 @@ def test_the_learning_rate_falls_with_the_epochs(digits):
 
 
 def test_the_average_is_of_the_weights_after_every_step(digits, tmp_path):
-    trainer, plain = (make(digits, ema=ema, lr=1e-2, batch_size=2000) for ema in (0.75, 0.0))
+    trainer, plain = (make(digits, ema=ema, lr=1e-2, batch_size=2000) for ema in (0.3, 0.0))
     assert plain.average is plain.model
     expected = None
-    for _ in range(6):
+    for decay in (None, 2 / 11, 3 / 12, 0.3, 0.3, 0.3):  # less at first
         trainer.train_step()
         weights = {name: p.detach().double() for name, p in trainer.model.named_parameters()}
-        if expected is None:
+        if decay is None:
             expected = weights
-        expected = {name: 0.75 * e + 0.25 * weights[name] for name, e in expected.items()}
+        else:
+            expected = {n: decay * e + (1 - decay) * weights[n] for n, e in expected.items()}
     for name, p in trainer.average.named_parameters():
         torch.testing.assert_close(p.double(), expected[name], rtol=1e-5, atol=1e-7)
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-2  # the average is in place of a decay
@@ -251,6 +252,7 @@ def test_bfloat16_is_for_the_networks_in_training_and_learns_as_much(digits):
 
 _EVERY = [
     *((name, {}) for name in models.MODELS if name not in ("vae", "m1m2", "factor-analysis")),
+    ("local-vae", {"inference": "semi"}),
     ("factor-analysis", {"likelihood": "gaussian"}),
     ("m1m2", {"base": models.VAE(64, 4, hidden=(8,)).config}),
     *(("vae", {"posterior": name}) for name in models.POSTERIORS),
@@ -262,13 +264,18 @@ _EVERY = [
 
 
 @pytest.mark.parametrize(("name", "config"), _EVERY, ids=str)
-def test_every_model_trains_in_bfloat16_as_in_float32(digits, name, config):
-    """Three steps of 100 images; noise of the posterior has the same seed in both."""
-    ends = []
+def test_every_model_has_the_gradient_of_float32_in_bfloat16(digits, name, config):
+    """Nearly: of the first step, whose noise has the same seed in both."""
+    slopes = []
     for precision in train.PRECISIONS:
-        trainer = Trainer(name, config, digits, Settings(precision=precision, batch_size=100))
-        ends.append([elbo for elbo, _, _ in run(trainer, 3)][-1])
-    assert ends[1] == pytest.approx(ends[0], rel=0.03)
+        trainer = Trainer(name, config, digits, Settings(precision=precision, batch_size=1000))
+        trainer.train_step()
+        given = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        slopes.append(torch.cat([grad.flatten() for grad in given]).double())
+    one, two = slopes
+    assert one.norm() > 0
+    assert torch.cosine_similarity(one, two, 0) > 0.999
+    assert two.norm() == pytest.approx(one.norm().item(), rel=5e-3)
 
 
 @pytest.mark.parametrize(

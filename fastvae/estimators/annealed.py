@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ def annealed_importance_sampling(
         \log w = \sum_{t=1}^T \log f_t(z_{t-1}) - \log f_{t-1}(z_{t-1}), \qquad
         z_t \sim T_{f_t}(\cdot \,|\, z_{t-1})
 
-    T is a step of Hamiltonian Monte Carlo; of bits, one that flips each by the slope of log f at
-    what the others are:
+    T is a step of Hamiltonian Monte Carlo; of bits, a proposal that flips each on its own by the
+    slope at z, accepted by Metropolis and Hastings:
 
     .. math::
         \mathrm{logit}\, P(\text{flip } i)
@@ -154,6 +155,7 @@ class _Chain(ABC):
     generator: Generator | None
 
     target = 0.65  # of proposals accepted: Neal (2011), section 5.4.4.3
+    largest = math.inf  # step
 
     @abstractmethod
     def propose(self, state: _State, beta: float, epsilon: Tensor) -> tuple[_State, Tensor]:
@@ -193,6 +195,7 @@ class _Chain(ABC):
             accepted += accept
             taken.append(epsilon)
             own = own * torch.exp(0.2 * (accept.mean(0) - self.target))
+            own = own.clamp(max=self.largest)
         if reverse:
             taken.reverse()
         return AnnealedWeights(log_w, accepted.mean(0) / steps, torch.stack(taken))
@@ -233,6 +236,7 @@ class _Hamiltonian(_Chain):
 @dataclass
 class _Flips(_Chain):
     target = 0.574  # Zhang et al., as of Langevin steps
+    largest = 3.0  # beyond, 1 / (2 epsilon) hardly says anything, and there would be no way back
 
     def propose(self, state: _State, beta: float, epsilon: Tensor) -> tuple[_State, Tensor]:
         def logits(at: _State) -> Tensor:

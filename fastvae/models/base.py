@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from .. import random
 from ..estimators import Elbo, streaming_log_mean_exp
 from ..estimators.evidence import standard_log_prob
+from ..estimators.surrogate import wide
 from ..functional import bernoulli_log_prob, gaussian_log_prob, reparameterize
 
 if TYPE_CHECKING:
@@ -55,9 +56,13 @@ def _gaussian_mean(mu: Tensor, log_var: Tensor) -> Tensor:
 
 
 def bernoulli_sample(logits: Tensor, *, generator: Generator | None = None) -> Tensor:
-    """Bits, without a gradient. Faster than torch.bernoulli, which also refuses NaN, here 0."""
-    u = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
-    return (u < logits.detach().sigmoid()).to(logits.dtype)
+    """Bits, without a gradient. Faster than torch.bernoulli, which also refuses NaN, here 0.
+
+    Of half types by uniforms in float32: theirs would add 1/512 to what is rare.
+    """
+    p = wide(logits.detach()).sigmoid()
+    u = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+    return (u < p).to(logits.dtype)
 
 
 LIKELIHOODS = {
@@ -184,9 +189,14 @@ class LatentVector(Model):
 
     Attributes:
         bits: whether z is of zeros and ones.
+        decoded_dim: p(x | z) is of so many of its dimensions, the first; all of them, mostly.
     """
 
     bits: ClassVar[bool] = False
+
+    @property
+    def decoded_dim(self) -> int:
+        return self.latent_dim
 
     @abstractmethod
     def posterior(self, x: Tensor) -> Posterior:
@@ -221,7 +231,10 @@ class LatentVector(Model):
         return Elbo(recon - kl, recon, kl)
 
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
-        """The bound and its terms, in nats, each ``[B]``, from one sample of z per row."""
+        """The bound and its terms, in nats, each ``[B]``, from one sample of z per row.
+
+        Of bits there is no path from the sample to q: its gradient is that of :meth:`objective`.
+        """
         key = random.from_generator(generator, x.device)
         return self.bound(x, self.posterior(x), key=key)
 

@@ -100,6 +100,10 @@ class M1M2(M2):
         self.likelihood = _LATENTS
         self.latent_dim = m1.latent_dim + self.style_dim
 
+    @property
+    def decoded_dim(self) -> int:
+        return self.base.latent_dim
+
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z_1, z_2 = z.tensor_split([self.base.latent_dim], -1)
         return z_1, z_2

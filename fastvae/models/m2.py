@@ -210,7 +210,7 @@ class M2(Styled):
         return self.likelihood.mean(*self.decode(z, y))
 
     @torch.no_grad()
-    def style(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def infer_style(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f = self.likely_features(x)
         y = self.classifier(f).argmax(-1)
         return self.infer(f, y).mu, y

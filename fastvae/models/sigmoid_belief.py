@@ -46,7 +46,7 @@ OBJECTIVES = {"nvil": None, "vimco": 10, "rws": 10}  # and K, if nobody says
 
 @dataclass(frozen=True)
 class Bits(Dense):
-    """q(h | x), layer by layer; ``mu`` is x less the mean image."""
+    """q(h | x), layer by layer. What it begins with, ``mu``, is x less the mean image."""
 
     layers: Sequence[nn.Module]
 
@@ -62,10 +62,13 @@ class Bits(Dense):
             log_q.append(bernoulli_log_prob(low, logits))
         return bits, torch.stack(log_q, -1)
 
+    def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
+        bits, log_q = self.of_layers(num_samples or 1, random.to_generator(key))
+        h, log_prob = torch.cat(bits, -1), log_q.sum(-1)
+        return (h[0], log_prob[0]) if num_samples is None else (h, log_prob)
+
     def sample(self, num_samples: int | None = None, *, key: Tensor) -> Tensor:
-        bits, _ = self.of_layers(num_samples or 1, random.to_generator(key))
-        h = torch.cat(bits, -1)
-        return h.squeeze(0) if num_samples is None else h
+        return self.draw(num_samples, key=key)[0]
 
     def log_prob(self, z: Tensor) -> Tensor:
         bits = z.chunk(len(self.layers), -1)
@@ -87,7 +90,7 @@ class SigmoidBelief(LatentVector):
 
     Args:
         data_dim: D.
-        latent_dim: the units of each layer.
+        latent_dim: the units of each layer; z has L times as much.
         layers: L.
         likelihood: ``"bernoulli"``; there is no other.
         objective: ``"nvil"``, ``"vimco"`` or ``"rws"``.
@@ -100,6 +103,11 @@ class SigmoidBelief(LatentVector):
 
     bits = True
     mean: Tensor
+
+    @property
+    def decoded_dim(self) -> int:
+        return self.latent_dim // len(self.generation)
+
     depends: Tensor
 
     @configured

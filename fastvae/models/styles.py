@@ -30,7 +30,7 @@ class Styled(LatentVector):
         """The mean images of styles ``[..., L]`` and classes ``[...]``."""
 
     @abstractmethod
-    def style(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def infer_style(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of q(z | x, y), ``[B, L]``, at the likeliest y, ``[B]``."""
 
     @torch.no_grad()
@@ -43,12 +43,12 @@ class Styled(LatentVector):
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean image of the likeliest class and its style, ``[B, D]``."""
-        return self.generate(*self.style(x))
+        return self.generate(*self.infer_style(x))
 
     @torch.no_grad()
     def analogies(self, x: Tensor) -> Tensor:
         """Each image, and its style in every class, ``[B, 1 + C, D]``."""
-        z, _ = self.style(x)
+        z, _ = self.infer_style(x)
         made = self.generate(z.expand(self.classes, *z.shape), self.every.expand(-1, len(x)))
         return torch.cat([x.unsqueeze(1), made.movedim(0, 1)], 1)
 
