@@ -9,6 +9,7 @@ disturbs nothing.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import fastvae
 
@@ -62,17 +63,6 @@ def learning_rate(settings: Settings, epoch: int) -> float:
     its length.
     """
     return settings.lr if settings.ema else settings.lr / math.sqrt(1 + epoch / 10)
-
-
-def moving_average(decay: float) -> Callable[..., None]:
-    """``average += (1 - d_n) (weights - average)``, after n steps with d_n = min(decay,
-    (1 + n) / (10 + n)): so that the first weights are soon forgotten."""
-
-    def update(average: Any, weights: Any, number: Tensor | int) -> None:
-        n = int(number)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(average, weights, number)
-
-    return update
 
 
 class Trainer:
@@ -130,20 +120,11 @@ class Trainer:
                 self.model.base.load_state_dict(m1.state_dict())
         self.generator = Generator(self.device).manual_seed(settings.seed)
         self.model.prepare(self.data, self.generator)
-        self._moving: AveragedModel | None = None
-        if settings.ema:
-            self._moving = AveragedModel(self.model, multi_avg_fn=moving_average(settings.ema))
+        self.average = copy.deepcopy(self.model) if settings.ema else self.model
         self.optimizer = torch.optim.Adam(self._learnt().values(), lr=settings.lr, fused=True)
         self.step = self.epoch = self.batch = self.best_epoch = 0
         self.best: float | None = None
         self.order = torch.empty(0, dtype=torch.int64)
-
-    @property
-    def average(self) -> models.Model:
-        if self._moving is None:
-            return self.model
-        assert isinstance(self._moving.module, models.Model)
-        return self._moving.module
 
     def begin_with(self, model: models.Model) -> None:
         """Take the weights of another before the first step; what it lacks, as a flow, stays.
@@ -210,13 +191,25 @@ class Trainer:
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
-        if self._moving is not None:
-            self._moving.update_parameters(self.model)
+        if self.settings.ema:
+            self._move_average()
         self.step += 1
         self.batch += 1
         if self.batch == self.batches:
             self.batch, self.epoch = 0, self.epoch + 1
         return elbo, recon, kl
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """``average = d_n average + (1 - d_n) weights`` after n steps before.
+
+        d_n is n / (9 + n), at most ``ema``: so that the first weights are soon forgotten.
+        """
+        decay = min(self.settings.ema, self.step / (9 + self.step))
+        average, weights = (list(one.parameters()) for one in (self.average, self.model))
+        get_ema_multi_avg_fn(decay)(average, weights, self.step)  # type: ignore[arg-type]
+        for mine, given in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(given)
 
     def validate(self) -> bool:
         """Score the model on the validation images; returns whether it never did better.
@@ -268,7 +261,7 @@ class Trainer:
             best_epoch=self.best_epoch,
         )
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self._moving is not None:
+        if self.settings.ema:
             average = self.average.state_dict()
             tensors |= {f"average.{name}": value for name, value in average.items()}
         for name, parameter in self._learnt().items():
@@ -310,9 +303,8 @@ class Trainer:
     def _restore(self, stored: checkpoint.Checkpoint) -> None:
         header = stored.header
         self.model.load_state_dict(stored.part("model"))
-        if self._moving is not None:
+        if self.settings.ema:
             self.average.load_state_dict(stored.part("average"))
-            self._moving.n_averaged.fill_(header.step)
         optimizer = stored.part("optimizer")
         state = {
             i: {key: optimizer[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
