@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from ..functional import bernoulli_log_prob
 from .evidence import LogProb, rows_of
-from .surrogate import check_floating
+from .surrogate import bernoulli_sample, check_floating
 
 __all__ = ["AnnealedWeights", "annealed_importance_sampling"]
 
@@ -194,8 +194,7 @@ class _Chain(ABC):
                 log_w += rise * (state.log_p - state.log_q)
             accepted += accept
             taken.append(epsilon)
-            own = own * torch.exp(0.2 * (accept.mean(0) - self.target))
-            own = own.clamp(max=self.largest)
+            own = (own * torch.exp(0.2 * (accept.mean(0) - self.target))).clamp(max=self.largest)
         if reverse:
             taken.reverse()
         return AnnealedWeights(log_w, accepted.mean(0) / steps, torch.stack(taken))
@@ -243,7 +242,7 @@ class _Flips(_Chain):
             return 0.5 * at.slope(beta) * (1 - 2 * at.z) - 0.5 / epsilon.unsqueeze(-1)
 
         there = logits(state)
-        flips = (self.noise(torch.rand, there) < there.sigmoid()).to(there.dtype)
+        flips = bernoulli_sample(there, generator=self.generator)
         new = self.at((state.z - flips).abs())
         back = bernoulli_log_prob(flips, logits(new)) - bernoulli_log_prob(flips, there)
         return new, new.log_f(beta) - state.log_f(beta) + back

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from .. import random
 from ..estimators import Elbo, streaming_log_mean_exp
 from ..estimators.evidence import standard_log_prob
-from ..estimators.surrogate import wide
+from ..estimators.surrogate import bernoulli_sample
 from ..functional import bernoulli_log_prob, gaussian_log_prob, reparameterize
 
 if TYPE_CHECKING:
@@ -53,16 +53,6 @@ def _gaussian_link(logits: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gaussian_mean(mu: Tensor, log_var: Tensor) -> Tensor:
     return mu
-
-
-def bernoulli_sample(logits: Tensor, *, generator: Generator | None = None) -> Tensor:
-    """Bits, without a gradient. Faster than torch.bernoulli, which also refuses NaN, here 0.
-
-    Of half types by uniforms in float32: theirs would add 1/512 to what is rare.
-    """
-    p = wide(logits.detach()).sigmoid()
-    u = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
-    return (u < p).to(logits.dtype)
 
 
 LIKELIHOODS = {

@@ -31,8 +31,9 @@ from torch import Generator, Tensor, nn
 from .. import random
 from ..estimators import Elbo, importance_weighted_bound, rao_blackwell_bound
 from ..estimators.control import MovingAverage
+from ..estimators.surrogate import bernoulli_sample
 from ..functional import bernoulli_log_prob
-from .base import Batch, LatentVector, bernoulli_sample, check_option, configured, owned
+from .base import Batch, LatentVector, check_option, configured, owned
 from .networks import mlp
 from .posterior import Dense
 
@@ -103,11 +104,6 @@ class SigmoidBelief(LatentVector):
 
     bits = True
     mean: Tensor
-
-    @property
-    def decoded_dim(self) -> int:
-        return self.latent_dim // len(self.generation)
-
     depends: Tensor
 
     @configured
@@ -151,6 +147,10 @@ class SigmoidBelief(LatentVector):
         with torch.no_grad():
             self.generation[0].bias.copy_(self.mean.logit(eps=1e-2))  # type: ignore[operator]
 
+    @property
+    def decoded_dim(self) -> int:
+        return self.latent_dim // len(self.generation)
+
     def posterior(self, x: Tensor) -> Bits:
         return Bits(x - self.mean, self.inference)  # type: ignore[arg-type]
 
@@ -167,7 +167,7 @@ class SigmoidBelief(LatentVector):
 
     def _logits(self, z: Tensor) -> Tensor:
         """Of p(x | h_1)."""
-        return self.generation[0](z.chunk(len(self.generation), -1)[0])  # type: ignore[no-any-return]
+        return self.generation[0](z[..., : self.decoded_dim])  # type: ignore[no-any-return]
 
     def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda z: bernoulli_log_prob(x, self._logits(z))
