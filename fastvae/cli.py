@@ -50,7 +50,7 @@ _CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "pic
 _CONFIG = (
     "latent_dim", "layers", "hidden", "activation", "posterior", "posterior_size", "prior",
     "prior_size", "objective", "num_samples", "beta", "free_bits", "inference", "refine_steps",
-    "num_labels", "alpha",
+    "num_labels", "alpha", "prune",
 )  # fmt: skip
 _SETTINGS = tuple(field.name for field in fields(Settings))
 
@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of m2 and m1m2, images known; default: 100",
     )
     add("--alpha", type=_positive, metavar="X", help="weight of m2's classifier; default: 0.1")
+    add("--prune", type=_decay, metavar="X", help="classes of less q(y|x) cost m2's steps nothing")
     add("--features", type=Path, metavar="CHECKPOINT", help="of the VAE, M1, of an m1m2")
     add("--refine-steps", type=_count, metavar="K", help="of each image's own; default: 2")
     add = train_parser.add_argument_group(
@@ -174,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--precision",
         choices=train.PRECISIONS,
-        help="of the networks in training; bfloat16 is faster; default: float32",
+        help="of the networks in training; bfloat16 is faster where the processor has it; "
+        "default: float32",
     )
     add("--seed", type=_seed, metavar="N", help=f"default: {default.seed}")
     add = train_parser.add_argument_group("how long, where, and what comes out").add_argument
@@ -243,6 +245,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=_count, metavar="N", default=1, help="default: 1")
     add("--epochs", type=_count, metavar="N", help="of each stage; default: the recipe's")
     add("--minutes", type=_positive, metavar="X", help="of training in this call")
+    add(
+        "--precision",
+        choices=train.PRECISIONS,
+        default="float32",
+        help="of the networks in training; default: float32",
+    )
     add("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"))
 
     demo_parser = commands.add_parser(
@@ -478,6 +486,7 @@ def _reproduce(args: argparse.Namespace, argv: list[str]) -> int:
         epochs=args.epochs,
         root=args.root,
         device=_device(args.device),
+        precision=args.precision,
     )
     if record is None:
         print(f"\nstopped; go on with: {shlex.join(['fastvae', *argv])}")

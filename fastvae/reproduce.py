@@ -133,12 +133,15 @@ def run(
     epochs: int | None = None,
     root: Path | None = None,
     device: str = "cpu",
+    precision: str = "float32",
 ) -> dict[str, Any] | None:
     """Train what is not trained yet, score it, and write ``record-NAME.json`` into ``out``.
 
     Args:
         minutes: of training in this call, of all seeds together.
         epochs: of every stage, in place of the recipe's: the record says so.
+        precision: of the networks in training. Like the device, what is fast here decides it, not
+            the recipe; the record says what it was.
 
     Returns:
         The record; None if Ctrl-C stopped it.
@@ -148,7 +151,7 @@ def run(
     results = []
     for seed in range(seeds):
         print(f"{row.name}, seed {seed}", flush=True)
-        trained = _train(row, out, seed, epochs, deadline, root, device)
+        trained = _train(row, out, seed, epochs, deadline, root, device, precision)
         if trained is None:
             return None
         training = {
@@ -163,6 +166,7 @@ def run(
             "ours_deviation": statistics.stdev(values) if len(values) > 1 else None,
             "seeds": results,
             "device": _device_name(device),
+            "precision": precision,
             "threads": torch.get_num_threads(),
             "fastvae": fastvae.__version__,
             "torch": torch.__version__,
@@ -179,12 +183,13 @@ def _train(
     deadline: float,
     root: Path | None,
     device: str,
+    precision: str,
 ) -> list[_Trained] | None:
     """Every stage; None if Ctrl-C stopped one."""
     trained: dict[str, _Trained] = {}
     load = functools.cache(lambda name: data.load(name, root))
     for stage in row.stages:
-        settings = Settings(**{"seed": seed, **stage.settings})
+        settings = Settings(seed=seed, precision=precision, **stage.settings)
         dataset = load(settings.data)
         own = issubclass(models.MODELS[stage.model], models.M2)  # rows share what has no labels
         folder = out / (row.name if own else stage.family) / f"seed-{seed}" / stage.name
@@ -219,12 +224,12 @@ def _train(
 
 
 def _check_same(stage: Stage, trainer: train.Trainer, settings: Settings, path: Path) -> None:
-    """A run that goes on must be one of the recipe."""
+    """A run that goes on must be one of the recipe, in the same precision."""
     stored = {**trainer.model.config, **vars(trainer.settings)}
     for name, value in {**stage.config, **vars(settings)}.items():
         if stored.get(name) != value:
             raise CheckpointError(
-                f"{path} was trained with {name} {stored.get(name)!r}, the recipe has {value!r}; "
+                f"{path} was trained with {name} {stored.get(name)!r}, this run has {value!r}; "
                 "pass another --out, or delete it"
             )
 

@@ -16,6 +16,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -65,6 +66,13 @@ def learning_rate(settings: Settings, epoch: int) -> float:
     return settings.lr if settings.ema else settings.lr / math.sqrt(1 + epoch / 10)
 
 
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    onednn = torch.backends.mkldnn.is_available()
+    return onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Trainer:
     """A model in training: everything that changes from step to step, and how to store it.
 
@@ -103,6 +111,12 @@ class Trainer:
             raise ValueError(f"ema must be in [0, 1), got {settings.ema}")
         self.name, self.settings = model, settings
         self.device = torch.device(device)
+        if settings.precision == "bfloat16" and not _multiplies_bfloat16(self.device):
+            warnings.warn(
+                "this CPU multiplies bfloat16 matrices in software, some 60 times slower than "
+                "float32",
+                stacklevel=2,
+            )
         self.data = data.to(self.device)
         with torch.random.fork_rng(devices=[]):  # initialize on the CPU: the same on every device
             torch.manual_seed(settings.seed)

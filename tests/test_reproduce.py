@@ -67,6 +67,7 @@ def test_a_run_is_recorded_and_goes_on(tmp_path):
     assert second["ours_deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert json.loads((tmp_path / "record-made.json").read_text()) == second
     assert second["device"]
+    assert second["precision"] == "float32"
     whole = reproduce.run(row(), tmp_path / "at once", seeds=1)
     assert whole["seeds"][0]["value"] == values[0]
 
@@ -168,9 +169,11 @@ def test_a_run_goes_on_by_its_recipe_only_and_says_what_it_was_made_of(tmp_path)
     trained = record["seeds"][0]["training"]
     assert trained["vae"]["epochs"] == 2
     assert trained["more"]["of"]["vae"]["epochs"] == 1  # as it was then
+    with pytest.raises(CheckpointError, match="precision 'float32', this run has 'bfloat16'"):
+        reproduce.run(row(stages=(first,)), tmp_path, precision="bfloat16")
     for change in ({"config": {**VAE, "latent_dim": 5}}, {"settings": {"data": "digits", "lr": 1}}):
         other = dataclasses.replace(first, **change)
-        with pytest.raises(CheckpointError, match=r"the recipe has .*; pass another --out"):
+        with pytest.raises(CheckpointError, match=r"this run has .*; pass another --out"):
             reproduce.run(row(stages=(other,)), tmp_path)
 
 
@@ -223,11 +226,13 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert cli.main(["reproduce", "vae"]) == 2
     assert "does not exist; set FASTVAE_DATA" in capsys.readouterr().err
     monkeypatch.setattr(reproduce, "recipe", lambda name: row(name=name))
-    assert cli.main(["reproduce", "mine", "--seeds", "2"]) == 0
+    command = ["reproduce", "mine", "--seeds", "2", "--precision", "bfloat16"]
+    assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "-log p(x), nats: published 20, here " in out
     assert "over 2 seeds)" in out
-    assert Path("runs/reproduce/record-mine.json").exists()
+    record = json.loads(Path("runs/reproduce/record-mine.json").read_text())
+    assert record["precision"] == "bfloat16"
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)

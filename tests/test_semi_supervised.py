@@ -92,8 +92,35 @@ def test_the_bound_without_a_label_is_the_sum_over_classes():
     torch.testing.assert_close(found.elbo, found.recon - found.kl)
 
 
-def test_the_objective_is_j_over_n():
-    model = m2(alpha=0.7, labelled_batch=5)
+def test_unlikely_classes_cost_nothing_and_the_bound_is_that_of_the_rest():
+    model, x, key = m2(), images(), fastvae.random.key(0)
+    with torch.no_grad():
+        model.classifier[-1].weight.mul_(20)
+    q = model.classifier(x).softmax(-1)
+    prune = q.flatten().sort().values[[6, 7]].mean().item()  # 7 of 18 are less
+    assert prune < 1 / C
+    decoded = []
+    model.decoder.register_forward_hook(lambda _, args, out: decoded.append(len(out)))
+    found = model.unlabelled(x, key=key, prune=prune)
+    assert decoded == [11]
+    eps = fastvae.random.normal(key, (11, L), x.dtype)
+    rows, classes = (q >= prune).nonzero(as_tuple=True)
+    kept = q * (q >= prune)
+    kept = kept / kept.sum(-1, keepdim=True)
+    expected = Categorical(kept).entropy() - math.log(C)
+    for i, (row, c) in enumerate(zip(rows.tolist(), classes.tolist(), strict=True)):
+        recon, kl = by_hand(model, x[row : row + 1], c, eps[i])
+        expected[row] += kept[row, c] * (recon - kl)[0]
+    torch.testing.assert_close(found.elbo, expected)
+    torch.testing.assert_close(found.elbo, found.recon - found.kl)
+    slope = torch.autograd.grad(found.elbo.sum(), model.classifier[-1].bias)[0]
+    wanted = torch.autograd.grad(expected.sum(), model.classifier[-1].bias)[0]
+    torch.testing.assert_close(slope, wanted)
+
+
+@pytest.mark.parametrize("prune", [0.0, 1e-9])
+def test_the_objective_is_j_over_n(prune):
+    model = m2(alpha=0.7, labelled_batch=5, prune=prune)
     made = dataset()
     model.prepare(made, generator())
     g, h = generator(), generator()
@@ -102,7 +129,7 @@ def test_the_objective_is_j_over_n():
     keys = [fastvae.random.from_generator(h) for _ in range(4)]
     pick = torch.randint(6, (5,), generator=h)
     x, y = made.train[model.rows[pick]], model.y[pick]
-    u = model.unlabelled(batch.x, key=keys[2]).elbo.mean()
+    u = model.unlabelled(batch.x, key=keys[2], prune=prune).elbo.mean()
     bound = model.class_bound(x, y, key=keys[3]).elbo.mean() - math.log(C)
     log_q = Categorical(logits=model.classifier(x)).log_prob(y).mean()
     share = 6 / N
@@ -212,6 +239,9 @@ def test_few_labels_teach_what_many_images_know():
         ({"latent_dim": 0}, "sizes must be positive"),
         ({"hidden": ()}, "sizes must be positive"),
         ({"alpha": math.nan}, "alpha not negative, got .* nan"),
+        ({"prune": 1 / C}, r"prune must be in \[0, 1 / 3\), got 0.333"),
+        ({"prune": -0.1}, r"prune must be in .*, got -0.1"),
+        ({"prune": math.nan}, r"prune must be in .*, got nan"),
         ({"likelihood": "poisson"}, "likelihood must be one of"),
         ({"activation": "sine"}, "activation must be one of"),
     ],

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,6 +249,17 @@ def test_bfloat16_is_for_the_networks_in_training_and_learns_as_much(digits):
     seen.clear()
     train.evaluate(half.model, digits, 2)
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_without_bfloat16_is_said(digits, monkeypatch, fast):
+    monkeypatch.setattr(train, "_multiplies_bfloat16", lambda _: fast)
+    for precision in train.PRECISIONS:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make(digits, precision=precision)
+        said = ["bfloat16 matrices in software" in str(one.message) for one in caught]
+        assert said == [True] * (precision == "bfloat16" and not fast)
 
 
 _EVERY = [

@@ -50,6 +50,8 @@ class M2(Styled):
         activation: of all networks.
         alpha: 0.1 above, of how much the classifier's own likelihood counts.
         labelled_batch: labelled images a step, drawn at random, beside the unlabelled ones.
+        prune: in a step of training, classes of less than this q(y|x) are left out of U(x). That is
+            the bound of the q that has none there, and a step costs what the others do.
 
     >>> model = fastvae.models.M2(12, dataset_size=100, num_labels=20, hidden=(8,), latent_dim=2)
     >>> model.elbo(torch.rand(5, 12)).elbo.shape, model.classify(torch.rand(5, 12)).shape
@@ -73,6 +75,7 @@ class M2(Styled):
         activation: str = "softplus",
         alpha: float = 0.1,
         labelled_batch: int = 100,
+        prune: float = 0.0,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -89,9 +92,12 @@ class M2(Styled):
                 f"{name}: num_labels must be as many of each class, and at most dataset_size, got "
                 f"{num_labels}, {classes} and {dataset_size}"
             )
+        if not 0.0 <= prune * classes < 1.0:  # so that one class is always left
+            raise ValueError(f"{name}: prune must be in [0, 1 / {classes}), got {prune}")
         self.latent_dim = self.style_dim = latent_dim
         self.classes, self.likelihood = classes, LIKELIHOODS[likelihood]
         self.alpha, self.labelled_batch, self.dataset_size = alpha, labelled_batch, dataset_size
+        self.prune = prune
         none = torch.zeros(num_labels, dtype=torch.int64)
         self.register_buffer("rows", none)  # of the training set, which have a label
         self.register_buffer("y", none.clone())
@@ -115,9 +121,12 @@ class M2(Styled):
         """Those that are classified: x."""
         return x
 
-    def infer(self, f: Tensor, y: Tensor) -> Gaussian:
-        """q(z | x, y), of features ``[B, F]`` and classes ``[B]``, or ``[C, 1]`` for all."""
-        return Gaussian(*self.encoder(f, y).chunk(2, -1))
+    def infer(self, f: Tensor, y: Tensor, rows: Tensor | None = None) -> Gaussian:
+        """q(z | x, y), of features ``[B, F]`` and classes ``[B]``, or ``[C, 1]`` for all.
+
+        Or ``[N]``, of the features of ``rows``.
+        """
+        return Gaussian(*self.encoder(f, y, rows).chunk(2, -1))
 
     def infer_all(self, f: Tensor) -> Mixture:
         """The sum over y of q(y | x) q(z | x, y)."""
@@ -132,18 +141,26 @@ class M2(Styled):
         """The same of every class, ``[C, ..., F]``."""
         return self.decode(z, self.every.reshape(-1, *[1] * (z.dim() - 1)))
 
-    def class_bound(self, f: Tensor, y: Tensor, *, key: Tensor) -> Elbo:
-        """Of log p(x, y) - log p(y), for each class of ``y``: ``[B]``, or ``[C, B]``."""
-        z, kl = self.infer(f, y).draw_kl(None, key=key)
-        recon = self.likelihood.log_prob(f, *self.decode(z, y))
+    def class_bound(self, f: Tensor, y: Tensor, rows: Tensor | None = None, *, key: Tensor) -> Elbo:
+        """Of log p(x, y) - log p(y), for each class of ``y``, as of :meth:`infer`."""
+        z, kl = self.infer(f, y, rows).draw_kl(None, key=key)
+        recon = self.likelihood.log_prob(f if rows is None else f[rows], *self.decode(z, y))
         return Elbo(recon - kl, recon, kl)
 
-    def unlabelled(self, f: Tensor, *, key: Tensor) -> Elbo:
-        """U(x): the bound summed over all classes by q(y | x), ``[B]``."""
+    def unlabelled(self, f: Tensor, *, key: Tensor, prune: float = 0.0) -> Elbo:
+        """U(x): the bound summed over the classes by q(y | x), ``[B]``."""
         logits = self.classifier(f)
-        _, recon, kl = self.class_bound(f, self.every, key=key)
-        q = logits.softmax(-1).mT
-        recon, kl = (q * recon).sum(0), (q * kl).sum(0) + categorical_kl(logits)
+        if prune:
+            likely = logits.softmax(-1) >= prune
+            logits = logits.masked_fill(~likely, -torch.inf)
+            rows, y = some = likely.nonzero(as_tuple=True)
+            terms = self.class_bound(f, y, rows, key=key)[1:]
+            each = [t.new_zeros(likely.shape).index_put(some, t) for t in terms]
+        else:
+            each = [t.mT for t in self.class_bound(f, self.every, key=key)[1:]]
+        q = logits.softmax(-1)
+        recon, kl = ((q * t).sum(-1) for t in each)
+        kl = kl + categorical_kl(logits)
         return Elbo(recon - kl, recon, kl)
 
     def elbo(self, x: Tensor, *, generator: Generator | None = None) -> Elbo:
@@ -161,7 +178,7 @@ class M2(Styled):
         pick = torch.randint(len(self.y), size, generator=generator, device=device)
         y, labelled = self.y[pick], batch.images(self.rows[pick])
         f, known = self.features(batch.x, key=keys[0]), self.features(labelled, key=keys[1])
-        other = self.unlabelled(f, key=keys[2]).weighted(kl_weight)
+        other = self.unlabelled(f, key=keys[2], prune=self.prune).weighted(kl_weight)
         bound = self.class_bound(known, y, key=keys[3]).weighted(kl_weight)
         log_q = self.classifier(known).log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
         share = len(self.y) / self.dataset_size

@@ -58,7 +58,8 @@ class LabelledPerceptron(nn.Module):
     """A perceptron of ``(x, y)`` whose first layer adds a row of the class to a product with x.
 
     So for all classes, y of ``[C, 1]`` and x of ``[B, D]``, the product is computed once, and the
-    rest for ``[C, B]``.
+    rest for ``[C, B]``; for some classes of each image, y of ``[N]`` and x of ``rows`` ``[N]``, the
+    rest for those.
     """
 
     def __init__(
@@ -71,5 +72,6 @@ class LabelledPerceptron(nn.Module):
         self.of_y = nn.Embedding(classes, width)
         self.rest = nn.Sequential(make.make(), *mlp([*hidden, outputs], activation))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.rest(self.of_x(x) + self.of_y(y))
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+        of_x = self.of_x(x)
+        return self.rest((of_x if rows is None else of_x[rows]) + self.of_y(y))
