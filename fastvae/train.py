@@ -157,9 +157,10 @@ class Trainer:
             if self.model.config.get(n) != model.config.get(n)
         ]
         if wrong or type(model) is not type(self.model):
+            other = f" with other {', '.join(wrong)}" if wrong else ""
             raise ValueError(
                 f"begin_with: model must be a part of this {self.name}, got a "
-                f"{type(model).__name__} with other {', '.join(wrong)}"
+                f"{type(model).__name__}{other}"
             )
         for one in (self.model, self.average):
             one.load_state_dict(own | weights)

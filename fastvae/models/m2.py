@@ -18,7 +18,7 @@ M2 generates x of a class y and a style z; q(y|x) is the classifier:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -27,10 +27,10 @@ from .. import random
 from ..data import Dataset, balanced_labels
 from ..estimators import Elbo
 from ..estimators.evidence import standard_log_prob
-from ..functional import categorical_kl, log_mean_exp
+from ..functional import categorical_kl
 from .base import LIKELIHOODS, Batch, Model, check_option, configured
 from .networks import ACTIVATIONS, LabelledPerceptron, mlp
-from .posterior import Gaussian, Mixture, Posterior
+from .posterior import Gaussian
 from .styles import Styled
 
 __all__ = ["M2"]
@@ -128,18 +128,9 @@ class M2(Styled):
         """
         return Gaussian(*self.encoder(f, y, rows).chunk(2, -1))
 
-    def infer_all(self, f: Tensor) -> Mixture:
-        """The sum over y of q(y | x) q(z | x, y)."""
-        q = self.infer(f, self.every)
-        return Mixture(q.mu, q.log_var, self.classifier(f).log_softmax(-1).mT)
-
     def decode(self, z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The parameters of p(x | y, z)."""
         return self.likelihood.link(*self.decoder(z, y).chunk(self.likelihood.heads, -1))
-
-    def decode_all(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The same of every class, ``[C, ..., F]``."""
-        return self.decode(z, self.every.reshape(-1, *[1] * (z.dim() - 1)))
 
     def class_bound(self, f: Tensor, y: Tensor, rows: Tensor | None = None, *, key: Tensor) -> Elbo:
         """Of log p(x, y) - log p(y), for each class of ``y``, as of :meth:`infer`."""
@@ -200,34 +191,3 @@ class M2(Styled):
         z, log_q = self.infer(f, self.every).draw(key=key)
         log_p = self.likelihood.log_prob(f, *self.decode(z, self.every))
         return log_p + standard_log_prob(z) - log_q
-
-    # z alone, all classes summed over
-
-    def posterior(self, x: Tensor) -> Posterior:
-        return self.infer_all(x)
-
-    def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        def log_prob(z: Tensor) -> Tensor:
-            each = self.likelihood.log_prob(x, *self.decode_all(z))
-            return log_mean_exp(each.movedim(0, -1))
-
-        return log_prob
-
-    def mean_given(self, z: Tensor) -> Tensor:
-        return self.likelihood.mean(*self.decode_all(z)).mean(0)
-
-    def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
-        y = torch.randint(self.classes, z.shape[:-1], generator=generator, device=z.device)
-        return self.likelihood.sample(*self.decode(z, y), generator=generator)
-
-    # what styles.py draws
-
-    @torch.no_grad()
-    def generate(self, z: Tensor, y: Tensor) -> Tensor:
-        return self.likelihood.mean(*self.decode(z, y))
-
-    @torch.no_grad()
-    def infer_style(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        f = self.likely_features(x)
-        y = self.classifier(f).argmax(-1)
-        return self.infer(f, y).mu, y

@@ -1,13 +1,21 @@
-"""What a model of classes and styles draws: Kingma et al. (2014), figure 1."""
+r"""A model of classes and styles, however its parts are learnt: as one of z alone, its classes
+summed over, and what it draws (Kingma et al., 2014, figure 1).
+
+.. math::
+    q(z|x) = \sum_y q(y|x)\, q(z|x, y), \qquad p(x|z) = \frac{1}{C} \sum_y p(x|y, z)
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from .base import LatentVector
+from ..functional import log_mean_exp
+from .base import LatentVector, Likelihood
+from .posterior import Gaussian, Mixture, Posterior
 
 __all__ = ["Styled"]
 
@@ -19,19 +27,69 @@ class Styled(LatentVector):
         classes: C.
         style_dim: the size of a style.
         every: all classes, ``[C, 1]``.
+        likelihood: of the features.
+        classifier: logits of q(y | x), of features.
     """
 
     classes: int
     style_dim: int
     every: Tensor
+    likelihood: Likelihood
+    classifier: nn.Module
 
     @abstractmethod
+    def likely_features(self, x: Tensor) -> Tensor:
+        """Those of x that are classified."""
+
+    @abstractmethod
+    def infer(self, f: Tensor, y: Tensor) -> Gaussian:
+        """q(z | x, y), of features ``[B, F]`` and classes ``[B]``, or ``[C, 1]`` for all."""
+
+    @abstractmethod
+    def decode(self, z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """The parameters of p(x | y, z)."""
+
+    # z alone
+
+    def infer_all(self, f: Tensor) -> Mixture:
+        """The sum over y of q(y | x) q(z | x, y)."""
+        q = self.infer(f, self.every)
+        return Mixture(q.mu, q.log_var, self.classifier(f).log_softmax(-1).mT)
+
+    def decode_all(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The parameters of p(x | y, z) of every class, ``[C, ..., F]``."""
+        return self.decode(z, self.every.reshape(-1, *[1] * (z.dim() - 1)))
+
+    def posterior(self, x: Tensor) -> Posterior:
+        return self.infer_all(x)
+
+    def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        def log_prob(z: Tensor) -> Tensor:
+            each = self.likelihood.log_prob(x, *self.decode_all(z))
+            return log_mean_exp(each.movedim(0, -1))
+
+        return log_prob
+
+    def mean_given(self, z: Tensor) -> Tensor:
+        return self.likelihood.mean(*self.decode_all(z)).mean(0)
+
+    def draw_given(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
+        y = torch.randint(self.classes, z.shape[:-1], generator=generator, device=z.device)
+        return self.likelihood.sample(*self.decode(z, y), generator=generator)
+
+    # what is drawn
+
+    @torch.no_grad()
     def generate(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean images of styles ``[..., L]`` and classes ``[...]``."""
+        return self.likelihood.mean(*self.decode(z, y))
 
-    @abstractmethod
+    @torch.no_grad()
     def infer_style(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of q(z | x, y), ``[B, L]``, at the likeliest y, ``[B]``."""
+        f = self.likely_features(x)
+        y = self.classifier(f).argmax(-1)
+        return self.infer(f, y).mu, y
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
