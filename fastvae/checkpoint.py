@@ -57,6 +57,11 @@ class Header:
     best: float | None = None  # the highest validation score so far, if any was taken
     best_epoch: int = 0  # the epochs it was reached after
 
+    @property
+    def course(self) -> dict[str, Any]:
+        """All that a run keeps when it goes on, by name."""
+        return {"model": self.model, **self.config, **vars(self.settings)}
+
 
 @dataclass(frozen=True)
 class Checkpoint:

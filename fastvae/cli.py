@@ -306,7 +306,7 @@ def _device(name: str | None) -> str:
 
 def _check_same(args: argparse.Namespace, header: checkpoint.Header) -> None:
     """Options that were given must be those of the run that goes on."""
-    stored = {"model": header.model, **header.config, **vars(header.settings)}
+    stored = header.course
     for name in ("model", *_SETTINGS, *_CONFIG):
         given = getattr(args, name)
         if given is not None and given != stored.get(name):

@@ -225,8 +225,8 @@ def _train(
 
 def _check_same(stage: Stage, trainer: train.Trainer, settings: Settings, path: Path) -> None:
     """A run that goes on must be one of the recipe, in the same precision."""
-    stored = {**trainer.model.config, **vars(trainer.settings)}
-    for name, value in {**stage.config, **vars(settings)}.items():
+    stored = trainer.header.course
+    for name, value in {"model": stage.model, **stage.config, **vars(settings)}.items():
         if stored.get(name) != value:
             raise CheckpointError(
                 f"{path} was trained with {name} {stored.get(name)!r}, this run has {value!r}; "

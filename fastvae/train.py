@@ -253,17 +253,10 @@ class Trainer:
             "encoder or the decoder runs away"
         )
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            TrainingDiverged: if a weight is NaN or infinite; nothing is written.
-            OSError: if it cannot be written.
-        """
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):  # a finite loss may have an infinite slope
-                raise self._diverged(self.step, f"weights of {name} are not finite")
-        header = Header(
+    @property
+    def header(self) -> Header:
+        """What a checkpoint says of the run, as far as it has come."""
+        return Header(
             model=self.name,
             config=self.model.config,
             image_shape=self.data.image_shape,
@@ -275,6 +268,17 @@ class Trainer:
             best=self.best,
             best_epoch=self.best_epoch,
         )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            TrainingDiverged: if a weight is NaN or infinite; nothing is written.
+            OSError: if it cannot be written.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):  # a finite loss may have an infinite slope
+                raise self._diverged(self.step, f"weights of {name} are not finite")
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.settings.ema:
             average = self.average.state_dict()
@@ -283,7 +287,7 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors |= {"generator": self.generator.get_state(), "order": self.order}
-        checkpoint.write(path, header, tensors)
+        checkpoint.write(path, self.header, tensors)
 
     @classmethod
     def resume(cls, path: Path, data: Dataset, device: torch.device | str = "cpu") -> Trainer:

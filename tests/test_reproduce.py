@@ -171,7 +171,11 @@ def test_a_run_goes_on_by_its_recipe_only_and_says_what_it_was_made_of(tmp_path)
     assert trained["more"]["of"]["vae"]["epochs"] == 1  # as it was then
     with pytest.raises(CheckpointError, match="precision 'float32', this run has 'bfloat16'"):
         reproduce.run(row(stages=(first,)), tmp_path, precision="bfloat16")
-    for change in ({"config": {**VAE, "latent_dim": 5}}, {"settings": {"data": "digits", "lr": 1}}):
+    for change in (
+        {"config": {**VAE, "latent_dim": 5}},
+        {"settings": {"data": "digits", "lr": 1}},
+        {"model": "dlgm"},
+    ):
         other = dataclasses.replace(first, **change)
         with pytest.raises(CheckpointError, match=r"this run has .*; pass another --out"):
             reproduce.run(row(stages=(other,)), tmp_path)
