@@ -291,7 +291,7 @@ def test_trains_from_the_command_line_alone_and_on_m1(tmp_path, monkeypatch, cap
 
     assert cli.main(["train", "vae", *quick, "--latent-dim", "5", "--epochs", "2"]) == 0
     m1 = "runs/vae-digits/checkpoint.safetensors"
-    both = ["train", "m1m2", *quick, *labels, "--features", m1]
+    both = ["train", "m1m2", *quick, *labels, "--features", m1, "--prune", "0.05"]
     assert cli.main([*both, "--epochs", "2", "--out", "whole"]) == 0
     assert cli.main([*both, "--epochs", "1", "--out", "parts"]) == 0
     assert cli.main([*both, "--epochs", "2", "--out", "parts", "--resume"]) == 0
@@ -303,6 +303,9 @@ def test_trains_from_the_command_line_alone_and_on_m1(tmp_path, monkeypatch, cap
     assert all(torch.equal(whole[f"base.{name}"], first[name]) for name in first)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     capsys.readouterr()
+    assert checkpoint.read(tmp_path / "whole/checkpoint.safetensors").header.config["prune"] == 0.05
+    assert cli.main([*both, "--prune", "0.1", "--out", "x"]) == 2
+    assert "prune must be in [0, 1 / 10), got 0.1" in capsys.readouterr().err
     assert cli.main(["train", "m2", "--num-labels", "55", "--out", "x"]) == 2
     assert "as many of each class" in capsys.readouterr().err
     assert cli.main(["train", "vae", "--features", m1, "--out", "x"]) == 2
