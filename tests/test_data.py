@@ -146,23 +146,34 @@ def test_mnist_has_labels_where_the_files_are(tmp_path, compress):
     assert test.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (gzip.compress(idx(np.zeros(11, np.uint8), 0x801)), "holds 11 labels up to 0, not 12"),
-        (
-            gzip.compress(idx(np.full(12, 10, np.uint8), 0x801)),
-            "12 labels up to 10, not 12 up to 9",
-        ),
-        (gzip.compress(idx(np.zeros(12, np.uint8), 0x801) + b"x"), "12 bytes of labels, and holds"),
-        (gzip.compress(idx(np.zeros((12, 28, 28), np.uint8))), "not with 0x00000801, the mark of"),
-        (gzip.compress(struct.pack(">2I", 0x801, 0)), "says that it holds 0 labels"),
-        (b"", "cut short inside its header"),
-    ],
-)
-def test_damaged_labels_say_what_is_wrong(tmp_path, content, complaint):
+# Damage has names: tests named by the bytes of a gzip file, which hold the time, differ by process.
+BAD_LABELS: dict[str, tuple[bytes, str]] = {
+    "too few": (
+        gzip.compress(idx(np.zeros(11, np.uint8), 0x801)),
+        "holds 11 labels up to 0, not 12",
+    ),
+    "an eleventh class": (
+        gzip.compress(idx(np.full(12, 10, np.uint8), 0x801)),
+        "12 labels up to 10, not 12 up to 9",
+    ),
+    "long idx": (
+        gzip.compress(idx(np.zeros(12, np.uint8), 0x801) + b"x"),
+        "12 bytes of labels, and holds",
+    ),
+    "images": (
+        gzip.compress(idx(np.zeros((12, 28, 28), np.uint8))),
+        "not with 0x00000801, the mark of",
+    ),
+    "no labels": (gzip.compress(struct.pack(">2I", 0x801, 0)), "says that it holds 0 labels"),
+    "empty": (b"", "cut short inside its header"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_damaged_labels_say_what_is_wrong(tmp_path, case):
     write_mnist(tmp_path)
     write_labels(tmp_path)
+    content, complaint = BAD_LABELS[case]
     (tmp_path / "mnist" / f"{LABELS[0]}.gz").write_bytes(content)
     assert complaint in message("mnist", tmp_path)
 
