@@ -256,10 +256,10 @@ def calibration(
     z = model.sample_prior(n, generator=generator)
     x = model.draw_given(z, generator=generator)
     key = random.from_generator(generator, x.device)
-    q, below = model.posterior(x), torch.zeros_like(z)
+    q, log_prior, below = model.posterior(x), model.log_prior, torch.zeros_like(z)
     u = torch.rand(z.shape, generator=generator, dtype=z.dtype, device=z.device)
     for k in range(num_samples):
-        draw, _ = q.draw_kl(model.log_prior, key=random.fold_in(key, k))
+        draw, _ = q.draw_kl(log_prior, key=random.fold_in(key, k))
         ties = u * (draw == z)  # each counts by chance, for all draws alike
         below += q.average((draw < z) + ties) / num_samples
     return {level: float(((2 * below - 1).abs() < level).double().mean()) for level in levels}

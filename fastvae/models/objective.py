@@ -43,7 +43,7 @@ def _free_bits(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
     q = model.posterior(x)
     bound = model.bound(x, q, key=key)
     kl = bound.kl.unsqueeze(-1)
-    if model.log_prior is None and isinstance(q, Gaussian):
+    if model.prior is None and isinstance(q, Gaussian):
         kl = gaussian_kl(q.mu.unsqueeze(-1), q.log_var.unsqueeze(-1))
     price = kl.mean(0).clamp(min=model.free_bits).sum()
     return Elbo(bound.recon - kl_weight * price, bound.recon, bound.kl)

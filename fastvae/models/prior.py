@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 
 from .. import flows
 from ..functional import gaussian_mixture_log_prob, reparameterize
+from .posterior import LogProb
 
 __all__ = ["PRIORS", "Prior"]
 
@@ -31,8 +32,8 @@ class Prior(nn.Module, ABC):
     """p(z), learnt with the model."""
 
     @abstractmethod
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Nats, ``[...]`` of ``z``, ``[..., L]``."""
+    def density(self) -> LogProb:
+        """z to log p(z), nats, ``[..., L]`` to ``[...]``; what all z share is computed but once."""
 
     @abstractmethod
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
@@ -46,8 +47,9 @@ class _Components(Prior):
     def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``mu`` and ``log_var``, ``[K, L]``, and ``log_weights``, ``[K]``; None for all alike."""
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return gaussian_mixture_log_prob(z, *self.components())
+    def density(self) -> LogProb:
+        components = self.components()
+        return lambda z: gaussian_mixture_log_prob(z, *components)
 
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         mu, log_var, log_weights = self.components()
@@ -85,8 +87,8 @@ class Flow(Prior):
         couplings = [flows.AffineCoupling(latent_dim, flip=k % 2 == 1) for k in range(size)]
         self.flow = flows.Flow(flows.StandardNormal(latent_dim), couplings)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self.flow.log_prob(z)
+    def density(self) -> LogProb:
+        return self.flow.log_prob
 
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         like = next(self.parameters())

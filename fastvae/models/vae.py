@@ -157,7 +157,7 @@ class VAE(LatentVector):
 
     @property
     def log_prior(self) -> Callable[[Tensor], Tensor] | None:
-        return None if self.prior is None else self.prior.log_prob
+        return None if self.prior is None else self.prior.density()
 
     def log_p_x_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda z: self.likelihood.log_prob(x, *self.decode(z))
