@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from ..functional import bernoulli_log_prob
 from .evidence import LogProb, rows_of
-from .surrogate import bernoulli_sample, check_floating
+from .surrogate import bernoulli_sample, check_floating, wide
 
 __all__ = ["AnnealedWeights", "annealed_importance_sampling"]
 
@@ -202,7 +202,7 @@ class _Chain(ABC):
     def move(self, state: _State, beta: float, epsilon: Tensor) -> tuple[_State, Tensor]:
         """A proposal, accepted or not, and which were."""
         new, log_ratio = self.propose(state, beta, epsilon)
-        accept = torch.log(self.noise(torch.rand, log_ratio)) < log_ratio  # false for NaN
+        accept = torch.log(self.noise(torch.rand, wide(log_ratio))) < log_ratio  # false for NaN
         chosen = _State(
             *(
                 torch.where(accept.reshape(*accept.shape, *[1] * (b.dim() - accept.dim())), b, a)

@@ -27,7 +27,6 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
 from ..estimators import Elbo
 from ..functional import (
-    gaussian_kl,
     gaussian_log_prob,
     gaussian_tril_kl,
     reparameterize,
@@ -132,11 +131,7 @@ class FactorAnalysis(LatentVector):
         mu, scale_tril = self.encode(x)
         spread = ((loading @ scale_tril).square().sum(-1) * torch.exp(-log_var)).sum()
         recon = gaussian_log_prob(x, offset + mu @ loading.mT, log_var) - 0.5 * spread
-        if self.config["posterior"] == "full":
-            kl = gaussian_tril_kl(mu, scale_tril)
-        else:
-            kl = gaussian_kl(mu, 2.0 * self.log_scale)
-        kl = kl + shared
+        kl = gaussian_tril_kl(mu, scale_tril) + shared
         return Elbo(recon - kl, recon, kl)
 
     def exact_posterior(self, x: Tensor) -> MultivariateNormal:
