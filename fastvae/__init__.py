@@ -3,11 +3,13 @@
 Drop-in functions with autograd (:mod:`fastvae.functional`), the same in plain PyTorch
 (:mod:`fastvae.reference`), bounds and gradients made of them (:mod:`fastvae.estimators`), explicit
 randomness (:mod:`fastvae.random`), normalizing flows as modules (:mod:`fastvae.flows`), and models
-(:mod:`fastvae.models`). Functions of the first and
-third are importable from here.
+(:mod:`fastvae.models`). Functions of the first and third are importable from here.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,6 +53,20 @@ __all__ = [
     "streaming_log_mean_exp",
 ]
 __all__ += functional.__all__
+
+
+_LATE = ("checkpoint", "data", "energies", "evaluation", "models", "pictures", "reproduce", "train")
+if TYPE_CHECKING:
+    from . import (  # noqa: F401, I001
+        checkpoint, data, energies, evaluation, models, pictures, reproduce, train,
+    )  # fmt: skip
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Modules that want more than torch are imported when they are asked for."""
+        if name in _LATE:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build_info() -> dict[str, object]:

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -43,8 +44,10 @@ exit codes:
   0    done
   2    something is wrong with an option, the data or a checkpoint; one sentence says what
   3    training diverged: the loss became NaN or infinite
+  141  nobody reads the output any more, as behind a pipe to head
   130  stopped by Ctrl-C; training then writes its checkpoint and says how to go on
 """
+_DEMO = Path("runs/demo")
 _CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "picture.png"
 # the options that are the model's, and those that are the training's
 _CONFIG = (
@@ -126,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     ).add_argument
     add("--latent-dim", type=_width, metavar="N", help="size of z, factors, or classes")
     add("--layers", type=_count, metavar="L", help="of a dlgm or sbn, each with latents of its own")
-    add("--hidden", type=_widths, metavar="N,N", help="hidden widths; default: 200,200")
-    add("--activation", choices=list(models.ACTIVATIONS), help="default: tanh")
+    add("--hidden", type=_widths, metavar="N,N", help="hidden widths; of a vae 200,200")
+    add("--activation", choices=list(models.ACTIVATIONS), help="of a vae tanh")
     posteriors = (*models.POSTERIORS, *models.factor_analysis.POSTERIORS)
     add("--posterior", choices=list(dict.fromkeys(posteriors)), help="of z given x")
     add("--posterior-size", type=_count, metavar="K", help="its rank, components or steps")
@@ -264,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     demo_parser.add_argument(
         "--minutes", type=_positive, metavar="X", default=0.6, help="of training"
     )
-    demo_parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"))
+    demo_parser.add_argument("--out", type=Path, metavar="DIR", default=_DEMO)
 
     energies_parser = commands.add_parser(
         "energies",
@@ -317,6 +320,20 @@ def _check_same(args: argparse.Namespace, header: checkpoint.Header) -> None:
             )
 
 
+def _m1(args: argparse.Namespace) -> models.VAE | None:
+    """The VAE of --features, if the model is made on one."""
+    if args.features is None:
+        if args.model == "m1m2" and not args.resume:
+            raise _UsageError("m1m2 needs --features, the checkpoint of a vae")
+        return None
+    if args.model != "m1m2":
+        raise _UsageError(f"--features goes with m1m2 only, got {args.model}")
+    model = checkpoint.read_model(args.features)
+    if type(model) is not models.VAE:
+        raise _UsageError(f"--features must be a checkpoint of a vae, got {args.features}")
+    return model
+
+
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
     for package in ("safetensors", "tqdm", "matplotlib"):  # known now, not after the training
         require(package)
@@ -336,19 +353,15 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         if settings.data != "mnist":
             raise _UsageError(f"--download fetches mnist only, not {settings.data}")
         print(f"mnist is in {data.download_mnist(args.root)}")
-    dataset = data.load(settings.data, args.root)
+    dataset, m1 = data.load(settings.data, args.root), _m1(args)
     if header:
         trainer = train.Trainer.resume(path, dataset, device)
+        if m1 is not None and not trainer.is_made_on(m1):
+            raise _UsageError(
+                f"--features {args.features} is not the M1 of the run in {args.out}; leave it out"
+            )
     else:
         config = {k: v for k in _CONFIG if (v := getattr(args, k)) is not None}
-        m1: models.VAE | None = None
-        if (args.model == "m1m2") != (args.features is not None):
-            raise _UsageError(f"--features goes with m1m2, which needs it; got {args.model}")
-        if args.features is not None:
-            stored = checkpoint.read(args.features).build_model()
-            if type(stored) is not models.VAE:
-                raise _UsageError(f"--features must be a checkpoint of a vae, got {args.features}")
-            m1 = stored
         try:
             trainer = train.Trainer(args.model, config, dataset, settings, device, m1)
         except ValueError as error:  # of options that are not for this model
@@ -385,11 +398,11 @@ def _run(
             return 0
         print(f"\nstopped after step {trainer.step} (epoch {trainer.epoch + 1}), wrote {path}")
     except train.TrainingDiverged as error:
-        print(f"fastvae: {error}; the last good checkpoint is {path}", file=sys.stderr)
-        return 3
+        raise train.TrainingDiverged(f"{error}; the last good checkpoint is {path}") from error
     except KeyboardInterrupt:  # while scoring, or for the second time
         print("\nstopped")
-    print(f"go on with: {shlex.join(['fastvae', *again])}")
+    if path.exists():
+        print(f"go on with: {shlex.join(['fastvae', *again])}")
     return 130
 
 
@@ -434,16 +447,24 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     dataset = data.load(header.settings.data, args.root).to(device)
     x, generator = dataset.some_test(args.images), torch.Generator(device).manual_seed(0)
     out = args.out or args.checkpoint.parent
+    out.mkdir(parents=True, exist_ok=True)  # a bad one is better known now
+    steps, chains = args.annealing_steps, args.chains
 
     means = evaluation.posterior_means(model, dataset.test)
     active = evaluation.active_units(means)
     print(f"active units         {int(active.sum()):6d} of {len(active)}", flush=True)
-    results: dict[str, object] = {"images": len(x), "active_units": int(active.sum())}
+    results: dict[str, object] = {
+        "checkpoint": str(args.checkpoint),
+        "epoch": header.epoch,
+        "images": len(x),
+        "annealing_steps": steps,
+        "chains": chains,
+        "active_units": int(active.sum()),
+    }
     if isinstance(model.posterior(x[:1]), Gaussian):
         gaps = evaluation.inference_gaps(model, x, generator=generator)
         print(f"{gaps}, of {len(x)} images", flush=True)
         results["gaps"] = gaps._asdict()
-    steps, chains = args.annealing_steps, args.chains
     log_px = evaluation.annealed_log_likelihood(model, x, steps, chains, generator=generator)
     results["annealed"] = float(log_px.double().mean())
     print(f"annealed             {log_px.double().mean():9.2f} nats", flush=True)
@@ -504,12 +525,16 @@ def _reproduce(args: argparse.Namespace, argv: list[str]) -> int:
 def _demo(args: argparse.Namespace, argv: list[str]) -> int:
     for package in ("safetensors", "tqdm", "matplotlib"):
         require(package)
+    path = args.out / _CHECKPOINT
+    if path.exists() and args.out != _DEMO:
+        raise _UsageError(f"{path} exists; pass another --out")
     there = (data.data_root(args.root) / "binarized_mnist").is_dir()
     dataset = data.load("binarized_mnist" if there else "digits", args.root)
     trainer = train.Trainer("vae", {}, dataset, Settings(data=dataset.name))
     epochs = None if there else 300
     again = ["train", trainer.name, "--out", str(args.out), "--data", dataset.name, "--resume"]
     again += ["--root", str(args.root)] if args.root else []
+    again += ["--minutes", f"{args.minutes:g}"] if epochs is None else ["--epochs", str(epochs)]
     code = _run(trainer, args.out, epochs, args.minutes, 32, again)
     if code:
         return code
@@ -583,10 +608,24 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # as in `fastvae info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 0
+        return 0 if args.command == "info" else 128 + signal.SIGPIPE
+    except train.TrainingDiverged as error:
+        print(f"fastvae: {error}", file=sys.stderr)
+        return 3
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not (
+            isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        ):
+            raise
+        print(
+            "fastvae: there is not memory enough; take fewer samples or chains, smaller batches "
+            "or a smaller model",
+            file=sys.stderr,
+        )
     except (_UsageError, DataError, CheckpointError, MissingExtraError) as error:
         print(f"fastvae: {error}", file=sys.stderr)
     except OSError as error:  # a folder that is a file, a full disk
-        place = f"{error.filename}: " if error.filename else ""
+        name = error.filename2 or error.filename  # of a move, where to
+        place = f"{name}: " if name else ""
         print(f"fastvae: {place}{error.strerror or error}; pass another --out", file=sys.stderr)
     return 2

@@ -35,6 +35,7 @@ import hashlib
 import math
 import os
 import struct
+import tokenize
 import urllib.request
 import zipfile
 import zlib
@@ -68,8 +69,10 @@ _MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-# what numpy, gzip and zipfile raise on damaged files
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, MemoryError, zlib.error, zipfile.BadZipFile)
+_DAMAGE = (  # what numpy, gzip and zipfile raise on damaged files
+    *(OSError, EOFError, ValueError, KeyError, MemoryError, RuntimeError, SyntaxError),
+    *(tokenize.TokenError, zlib.error, zipfile.BadZipFile),
+)
 
 
 class DataError(Exception):
@@ -128,10 +131,12 @@ class Dataset:
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds the data sets; see the top of this module."""
-    if root is not None:
-        return Path(root).expanduser()
-    if os.environ.get("FASTVAE_DATA"):
-        return Path(os.environ["FASTVAE_DATA"]).expanduser()
+    given = root if root is not None else os.environ.get("FASTVAE_DATA")
+    if root is not None or given:
+        try:
+            return Path(given).expanduser()  # type: ignore[arg-type]
+        except RuntimeError as error:  # ~somebody
+            raise DataError(f"{given} is of nobody ({error}); set FASTVAE_DATA or --root") from None
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "fastvae"
 

@@ -150,4 +150,4 @@ def fit(
                 decay.step()
             flow.eval()
             fits.append(Fit(flow, divergence(name, flow)))
-    return min(fits, key=lambda one: one.divergence)
+    return min(fits, key=lambda one: (math.isnan(one.divergence), one.divergence))

@@ -55,6 +55,7 @@ class _Trained:
     trainer: train.Trainer
     model: models.Model  # of the best epoch, if that was looked for
     seconds: float
+    took: float  # of them, in this call
     begun: dict[str, Any]  # how far the stages were that it was made of
 
     @property
@@ -138,22 +139,31 @@ def run(
     """Train what is not trained yet, score it, and write ``record-NAME.json`` into ``out``.
 
     Args:
-        minutes: of training in this call, of all seeds together.
+        minutes: of training in this call, of all seeds together. A seed after the first that it
+            leaves untrained is not scored.
         epochs: of every stage, in place of the recipe's: the record says so.
         precision: of the networks in training. Like the device, what is fast here decides it, not
             the recipe; the record says what it was.
 
     Returns:
         The record; None if Ctrl-C stopped it.
+
+    Raises:
+        CheckpointError: if ``out`` holds a run of another recipe.
+        TrainingDiverged: if a loss is NaN or infinite.
     """
     path = out / f"record-{row.name}.json"
-    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    results = []
+    left = math.inf if minutes is None else 60 * minutes
+    results: list[dict[str, Any]] = []
     for seed in range(seeds):
         print(f"{row.name}, seed {seed}", flush=True)
-        trained = _train(row, out, seed, epochs, deadline, root, device, precision)
+        trained = _train(row, out, seed, epochs, left, root, device, precision)
         if trained is None:
             return None
+        left -= sum(stage.took for stage in trained)
+        if results and left <= 0 and not trained[-1].trainer.step:
+            print("its time was up before it began", flush=True)
+            break
         training = {
             stage.name: done.how_far for stage, done in zip(row.stages, trained, strict=True)
         }
@@ -180,7 +190,7 @@ def _train(
     out: Path,
     seed: int,
     epochs: int | None,
-    deadline: float,
+    left: float,
     root: Path | None,
     device: str,
     precision: str,
@@ -194,43 +204,46 @@ def _train(
         own = issubclass(models.MODELS[stage.model], models.M2)  # rows share what has no labels
         folder = out / (row.name if own else stage.family) / f"seed-{seed}" / stage.name
         path, begun = folder / "checkpoint.safetensors", folder / "begun.json"
+        config = dict(stage.config)
+        if own:
+            config["num_labels"] = row.num_labels
+        m1 = trained[stage.features].model if stage.features else None
+        assert m1 is None or isinstance(m1, models.VAE)
+        trainer = train.Trainer(stage.model, config, dataset, settings, device, m1)
         if path.exists():
+            wanted = trainer.header.course
             trainer = train.Trainer.resume(path, dataset, device)
-            _check_same(stage, trainer, settings, path)
+            _check_same(trainer.header.course, wanted, path)
         else:
-            config = dict(stage.config)
-            if own:
-                config["num_labels"] = row.num_labels
-            m1 = trained[stage.features].model if stage.features else None
-            assert m1 is None or isinstance(m1, models.VAE)
-            trainer = train.Trainer(stage.model, config, dataset, settings, device, m1)
             if stage.start:
                 trainer.begin_with(trained[stage.start].model)
             of = {name: trained[name].how_far for name in (stage.features, stage.start) if name}
             files.write_atomically(begun, json.dumps(of).encode())
-        wanted = stage.epochs if epochs is None else epochs
-        left = (deadline - time.monotonic()) / 60
-        if trainer.epoch < wanted and left > 0 and not trainer.exhausted:
-            limit, start = None if math.isinf(left) else left, time.monotonic()
-            finished = train.fit(trainer, path, epochs=wanted, minutes=limit)
-            spent = _seconds(folder) + time.monotonic() - start
-            files.write_atomically(folder / "seconds", f"{spent:.3f}\n".encode())
+        last, took = stage.epochs if epochs is None else epochs, 0.0
+        if trainer.epoch < last and left > 0 and not trainer.exhausted:
+            before, start = _seconds(folder), time.monotonic()
+            minutes = None if math.isinf(left) else left / 60
+            try:
+                finished = train.fit(trainer, path, epochs=last, minutes=minutes)
+            finally:  # also where it diverged
+                took = time.monotonic() - start
+                files.write_atomically(folder / "seconds", f"{before + took:.3f}\n".encode())
             if not finished:
                 return None
+            left -= took
         model = train.best_model(trainer, path)
         of = json.loads(begun.read_text()) if begun.exists() else {}
-        trained[stage.name] = _Trained(trainer, model, _seconds(folder), of)
+        trained[stage.name] = _Trained(trainer, model, _seconds(folder), took, of)
     return list(trained.values())
 
 
-def _check_same(stage: Stage, trainer: train.Trainer, settings: Settings, path: Path) -> None:
+def _check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """A run that goes on must be one of the recipe, in the same precision."""
-    stored = trainer.header.course
-    for name, value in {"model": stage.model, **stage.config, **vars(settings)}.items():
-        if stored.get(name) != value:
+    for name in sorted(wanted.keys() | stored.keys()):
+        if stored.get(name) != wanted.get(name):
             raise CheckpointError(
-                f"{path} was trained with {name} {stored.get(name)!r}, this run has {value!r}; "
-                "pass another --out, or delete it"
+                f"{path} was trained with {name} {stored.get(name)!r}, this run has "
+                f"{wanted.get(name)!r}; pass another --out, or delete it"
             )
 
 
@@ -270,7 +283,7 @@ def _score(row: Recipe, last: _Trained, seed: int) -> dict[str, Any]:
 
 def _device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")
     names = cpus.read_text().split("model name") if cpus.exists() else []
     name = names[1].split(":", 1)[1].split("\n", 1)[0].strip() if len(names) > 1 else ""

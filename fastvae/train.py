@@ -132,6 +132,11 @@ class Trainer:
             if m1 is not None:
                 assert isinstance(self.model, models.M1M2)
                 self.model.base.load_state_dict(m1.state_dict())
+        if settings.warmup and not self.model.weighs_kl:
+            raise ValueError(
+                f"warmup must be 0 of a {model} whose objective has no KL to weigh, got "
+                f"{settings.warmup}"
+            )
         self.generator = Generator(self.device).manual_seed(settings.seed)
         self.model.prepare(self.data, self.generator)
         self.average = copy.deepcopy(self.model) if settings.ema else self.model
@@ -164,6 +169,14 @@ class Trainer:
             )
         for one in (self.model, self.average):
             one.load_state_dict(own | weights)
+
+    def is_made_on(self, m1: models.Model) -> bool:
+        """Whether the model is an M1+M2 whose M1 has these weights."""
+        base, given = getattr(self.model, "base", None), m1.state_dict()
+        if base is None or base.config != m1.config:
+            return False
+        own = base.state_dict()
+        return all(torch.equal(own[name].cpu(), given[name]) for name in given)
 
     def _learnt(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -234,7 +247,7 @@ class Trainer:
         """
         num_samples = self.model.config.get("num_samples") or 1
         score = _mean_log_likelihood(self.average, self.data.valid, num_samples, quiet=True)
-        if self.best is not None and not score > self.best:
+        if not score > (-math.inf if self.best is None else self.best):  # as no NaN is
             return False
         self.best, self.best_epoch = score, self.epoch
         return True
@@ -314,6 +327,8 @@ class Trainer:
             trainer = cls(header.model, header.config, data, header.settings, device)
             trainer._restore(stored)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise CheckpointError(
                 f"{path} lacks what it takes to go on ({error}); use an older copy, or train again"
             ) from error
@@ -378,6 +393,7 @@ def fit(
 
     Raises:
         TrainingDiverged: if the loss is NaN or infinite; the last checkpoint stays as it was.
+        CheckpointError: if there was a best epoch, and its checkpoint cannot be read.
         OSError: if a checkpoint cannot be written.
     """
     if epochs is None and minutes is None:
@@ -389,7 +405,9 @@ def fit(
     bar_format = "{l_bar}{bar:20}| {rate_fmt}, {remaining} left{postfix}"
     if minutes is not None:  # then the end of the bar is not known
         bar_format = f"{{desc}}{{rate_fmt}}, {{elapsed}} of {minutes:g} min{{postfix}}"
-    trainer.save(path)  # a bad folder is better known now than after an hour
+    if trainer.best is not None:
+        checkpoint.read(path.with_name(BEST))  # what is missing is better known now,
+    trainer.save(path)  # and so is a bad folder, than after an hour
     bar = require("tqdm").tqdm(
         total=None if epochs is None else epochs * size,
         initial=trainer.epoch * size + trainer.batch * trainer.settings.batch_size,
@@ -423,9 +441,11 @@ def fit(
                     f"KL {kl_sum / seen:6.2f}   valid ELBO {valid:9.2f}"
                 )
             elbo_sum, kl_sum, seen = 0.0, 0.0, 0
-            if trainer.settings.patience and trainer.validate():
+            better = trainer.settings.patience > 0 and trainer.validate()
+            if better:
                 trainer.save(path.with_name(BEST))
-            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+            # With a new best one at once: a run that is killed must not know of another.
+            if better or time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 trainer.save(path)
                 saved = time.monotonic()
         trainer.save(path)
@@ -439,11 +459,18 @@ def best_model(trainer: Trainer, path: Path) -> models.Model:
     its moving average where they have ``ema``.
 
     Raises:
-        CheckpointError: if the best one cannot be read.
+        CheckpointError: if the best one cannot be read, or is another run's or epoch's.
     """
     if trainer.best is None:
         return trainer.average.eval()
-    return checkpoint.read_model(path.with_name(BEST)).to(trainer.device)
+    best = checkpoint.read(path.with_name(BEST))
+    header = best.header
+    if header.epoch != trainer.best_epoch or header.course != trainer.header.course:
+        raise CheckpointError(
+            f"{best.path} is of epoch {header.epoch} of a run, and the best one of the run in "
+            f"{path} is {trainer.best_epoch}; train on, or train again"
+        )
+    return best.build_model().eval().to(trainer.device)
 
 
 @dataclass(frozen=True)

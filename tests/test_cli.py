@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastvae
 from fastvae import checkpoint, demo, functional
 from fastvae.cli import main
 
@@ -257,6 +258,47 @@ def test_demo_trains_draws_and_compares(capsys, monkeypatch):
     speed = [line for line in out.splitlines() if " ms   eager " in line]
     assert [line.split()[0] for line in speed] == ["training", "of"]
     assert main(["demo", "--minutes", "0.01"]) == 0  # again, over the first
+
+
+def test_demo_leaves_a_trained_run_alone(capsys):
+    assert train("--out", "mine") == 0
+    capsys.readouterr()
+    before = Path("mine/checkpoint.safetensors").read_bytes()
+    assert "mine/checkpoint.safetensors exists" in refusal(capsys, "demo", "--out", "mine")
+    assert Path("mine/checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 34 GB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_sentence(capsys, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(fastvae.train, "Trainer", fail)
+    assert "there is not memory enough; take fewer" in refusal(capsys, "train", "vae")
+
+
+def test_a_bug_is_not_called_a_lack_of_memory(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(fastvae.train, "Trainer", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train()
+
+
+def test_nobody_reads_what_is_printed():
+    command = f"{sys.executable} -m fastvae train vae --epochs 1 --hidden 8 --out cut"
+    script = f"{command} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout == "141\n", done.stderr
 
 
 def test_the_eager_path_of_the_demo_is_the_same_model():

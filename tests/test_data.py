@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import struct
@@ -65,6 +66,8 @@ def test_root_is_the_argument_then_the_environment_then_the_cache(tmp_path, monk
     monkeypatch.setenv("FASTVAE_DATA", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/from/cache")
     assert data.data_root() == Path("/from/cache/fastvae")
+    with pytest.raises(data.DataError, match="~nobody_of_this_name is of nobody"):
+        data.data_root("~nobody_of_this_name")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert data.data_root() == Path("/home/somebody/.cache/fastvae")
@@ -317,6 +320,26 @@ def test_binarized_mnist_refuses_a_damaged_file(tmp_path, damage: Callable[[byte
     text = message("binarized_mnist", tmp_path)
     assert "is damaged" in text
     assert text.endswith("; replace it by a fresh copy")
+
+
+@pytest.mark.parametrize("value", [0x00, 0x36, 0xFF])
+def test_one_wrong_byte_is_an_array_or_a_sentence(tmp_path, value):
+    path = write_npz(tmp_path, train=GOOD, valid=GOOD, test=GOOD)
+    whole, refused = path.read_bytes(), 0
+    for at in range(len(whole) - 400, len(whole)):  # the directory of the archive
+        path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+        try:
+            data.load("binarized_mnist", tmp_path)
+        except data.DataError:
+            refused += 1
+    assert refused > 20
+    path.unlink()
+    faces = write_npy(tmp_path, np.zeros((3, 28, 20), np.uint8))
+    whole = faces.read_bytes()
+    for at in range(128):  # the header
+        faces.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+        with contextlib.suppress(data.DataError):
+            data.load("freyfaces", tmp_path)
 
 
 # --- freyfaces ------------------------------------------------------------------------------------

@@ -171,6 +171,8 @@ def test_evaluate_from_the_command_line(tmp_path, monkeypatch, capsys):
         assert words in out
     written = json.loads(Path("runs/vae-digits/evaluation.json").read_text())
     assert written["images"] == 20
+    assert (written["checkpoint"], written["epoch"]) == (checkpoint, 2)
+    assert (written["annealing_steps"], written["chains"]) == (5, 2)
     assert Path("runs/vae-digits/traversals.png").stat().st_size > 1000
     assert cli.main(["train", "naive-bayes", "--epochs", "1", "--importance-samples", "0"]) == 0
     assert cli.main(["evaluate", "runs/naive-bayes-digits/checkpoint.safetensors"]) == 2

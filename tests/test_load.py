@@ -107,6 +107,18 @@ def test_import_costs_no_optional_dependency():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_modules_that_want_more_are_there_when_asked_for():
+    code = """
+import sys, fastvae
+assert "fastvae.models" not in sys.modules
+print(fastvae.models.VAE(4).latent_dim, fastvae.data.DATASETS["digits"].__name__)
+fastvae.nothing
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[0] == "50"
+    assert "module 'fastvae' has no attribute 'nothing'" in done.stderr
+
+
 def test_route_names_every_path():
     assert fastvae.route("gaussian_kl", "cpu").startswith(("cpu kernel", "reference"))
     with pytest.raises(ValueError, match=r"op must be one of .*, got nonsense"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,29 @@ def test_time_that_is_up_leaves_a_record_of_how_far_it_went(tmp_path):
     assert 0 <= record["seeds"][0]["training"]["vae"]["epochs"] < 10_000
 
 
+def test_a_seed_that_was_not_trained_is_not_scored(tmp_path, monkeypatch):
+    """The minutes are those of training: here of a step each."""
+    scored = reproduce._score
+    monkeypatch.setattr(reproduce, "_score", lambda *of: time.sleep(0.5) or scored(*of))
+    both = reproduce.run(row(), tmp_path / "enough", seeds=2, minutes=10)
+    assert len(both["seeds"]) == 2
+    long = row(stages=(Stage("vae", "vae", 10_000, VAE, {"data": "digits"}, "made"),))
+    record = reproduce.run(long, tmp_path, seeds=2, minutes=0.005)
+    (one,) = record["seeds"]
+    assert record["ours"] == one["value"]
+    assert record["ours_deviation"] is None
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_time(tmp_path, monkeypatch, capsys):
+    wild = row(stages=(Stage("vae", "vae", 3, VAE, {"data": "digits", "lr": 1e30}, "made"),))
+    monkeypatch.setattr(reproduce, "recipe", lambda name: wild)
+    assert cli.main(["reproduce", "wild", "--out", str(tmp_path)]) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("fastvae: training diverged")
+    assert err.count("\n") == 1
+    assert float((tmp_path / "made/seed-0/vae/seconds").read_text()) > 0
+
+
 def test_ctrl_c_keeps_the_time_that_was_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.train, "fit", lambda trainer, path, **_: path.parent.mkdir(
         parents=True, exist_ok=True))  # fmt: skip
@@ -173,6 +197,7 @@ def test_a_run_goes_on_by_its_recipe_only_and_says_what_it_was_made_of(tmp_path)
         reproduce.run(row(stages=(first,)), tmp_path, precision="bfloat16")
     for change in (
         {"config": {**VAE, "latent_dim": 5}},
+        {"config": {**VAE, "posterior": "planar"}},  # of which the first says nothing
         {"settings": {"data": "digits", "lr": 1}},
         {"model": "dlgm"},
     ):

@@ -304,14 +304,21 @@ def test_trains_from_the_command_line_alone_and_on_m1(tmp_path, monkeypatch, cap
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     capsys.readouterr()
     assert checkpoint.read(tmp_path / "whole/checkpoint.safetensors").header.config["prune"] == 0.05
+    assert (
+        cli.main(["train", "vae", *quick, "--latent-dim", "5", "--epochs", "1", "--out", "m"]) == 0
+    )
+    capsys.readouterr()
+    other = [*both, "--features", "m/checkpoint.safetensors", "--epochs", "3", "--out", "parts"]
+    assert cli.main([*other, "--resume"]) == 2
+    assert "is not the M1 of the run in parts; leave it out" in capsys.readouterr().err
     assert cli.main([*both, "--prune", "0.1", "--out", "x"]) == 2
     assert "prune must be in [0, 1 / 10), got 0.1" in capsys.readouterr().err
     assert cli.main(["train", "m2", "--num-labels", "55", "--out", "x"]) == 2
     assert "as many of each class" in capsys.readouterr().err
     assert cli.main(["train", "vae", "--features", m1, "--out", "x"]) == 2
-    assert "--features goes with m1m2, which needs it; got vae" in capsys.readouterr().err
+    assert "--features goes with m1m2 only, got vae" in capsys.readouterr().err
     assert cli.main(["train", "m1m2", "--out", "x"]) == 2
-    assert "--features goes with m1m2, which needs it" in capsys.readouterr().err
+    assert "m1m2 needs --features, the checkpoint of a vae" in capsys.readouterr().err
     assert cli.main(["train", "m1m2", "--features", str(path), "--out", "x"]) == 2
     assert "must be a checkpoint of a vae, got " in capsys.readouterr().err
     assert cli.main([*both, "--data", "mnist", "--out", "x"]) == 2

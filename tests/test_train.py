@@ -179,8 +179,56 @@ def test_training_ends_when_no_epoch_is_better_and_keeps_the_best(digits, tmp_pa
     assert (resumed.best, resumed.best_epoch) == (trainer.best, trainer.best_epoch)
     assert same(state(resumed), state(trainer))
     (tmp_path / train.BEST).unlink()
-    with pytest.raises(CheckpointError, match=r"best\.safetensors is not a file"):
-        train.best_model(trainer, path)
+    for late in (train.best_model, lambda *of: train.fit(*of, epochs=1000)):
+        with pytest.raises(CheckpointError, match=r"best\.safetensors is not a file"):
+            late(trainer, path)
+
+
+def test_a_run_that_is_killed_knows_its_best_epoch(digits, tmp_path):
+    class Killed(Trainer):
+        def train_step(self) -> tuple[float, float, float]:
+            if self.step == 50:  # within the fourth epoch, each of which was the best so far
+                raise SystemExit
+            return super().train_step()
+
+    path, settings = tmp_path / "c.safetensors", Settings(patience=9)
+    with pytest.raises(SystemExit):
+        train.fit(Killed("vae", CONFIG, digits, settings), path, epochs=20)
+    resumed, best = Trainer.resume(path, digits), checkpoint.read(tmp_path / train.BEST).header
+    assert (best.epoch, best.best) == (resumed.best_epoch, resumed.best) == (3, resumed.best)
+    assert train._mean_log_likelihood(train.best_model(resumed, path), digits.valid, 1) == best.best
+    old = path.read_bytes()
+    train.fit(resumed, path, epochs=5)
+    path.write_bytes(old)
+    with pytest.raises(CheckpointError, match=r"of epoch [45] of a run, and .* is 3; train on"):
+        train.best_model(Trainer.resume(path, digits), path)
+    other = Trainer("vae", CONFIG, digits, Settings(patience=9, seed=1))
+    other.best, other.best_epoch = 0.0, checkpoint.read(tmp_path / train.BEST).header.epoch
+    with pytest.raises(CheckpointError, match="train again"):
+        train.best_model(other, path)
+
+
+def test_a_score_that_is_nan_is_never_the_best(digits, monkeypatch):
+    scores = iter([float("nan"), -30.0, float("nan"), -20.0, -25.0])
+    monkeypatch.setattr(train, "_mean_log_likelihood", lambda *_, **__: next(scores))
+    trainer = make(digits, patience=9)
+    assert [trainer.validate() for _ in range(5)] == [False, True, False, True, False]
+    assert trainer.best == -20.0
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("sbn", {"latent_dim": 4}),
+        ("naive-bayes", {"latent_dim": 4, "objective": "score"}),
+        ("local-vae", {**CONFIG, "inference": "local"}),
+    ],
+    ids=lambda of: of if isinstance(of, str) else "",
+)
+def test_a_warm_up_that_would_do_nothing_is_refused(digits, name, config):
+    with pytest.raises(ValueError, match=f"warmup must be 0 of a {name} .*, got 5"):
+        Trainer(name, config, digits, Settings(warmup=5))
+    assert Trainer(name, config, digits, Settings()).step == 0
 
 
 def test_without_patience_the_last_epoch_is_what_is_scored(digits, tmp_path):

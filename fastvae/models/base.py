@@ -92,12 +92,14 @@ class Model(nn.Module, ABC):
     Attributes:
         config: the arguments that build it again, as JSON can hold them.
         exact: whether :meth:`log_likelihood` is no estimate.
+        weighs_kl: whether :meth:`objective` minds ``kl_weight``.
         latent_dim: the size of z.
         of_data: which of its arguments a data set decides.
     """
 
     config: dict[str, Any]
     exact = False
+    weighs_kl = True
     of_data: ClassVar[tuple[str, ...]] = ("data_dim", "likelihood")
     latent_dim: int
 

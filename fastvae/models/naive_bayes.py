@@ -70,6 +70,7 @@ class NaiveBayes(Model):
             )
         self.latent_dim, self.num_samples = latent_dim, num_samples
         self.objective_name, self.temperature = objective, temperature
+        self.weighs_kl = objective != "score"
         self.class_logits = nn.Parameter(torch.zeros(latent_dim))
         self.pixel_logits = nn.Parameter(torch.randn(latent_dim, data_dim))
         self.recognition = nn.Linear(data_dim, latent_dim)

@@ -103,6 +103,7 @@ class SigmoidBelief(LatentVector):
     """
 
     bits = True
+    weighs_kl = False  # a signal is of the whole bound
     mean: Tensor
     depends: Tensor
 
