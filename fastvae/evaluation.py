@@ -253,15 +253,21 @@ def calibration(
     >>> list(fastvae.evaluation.calibration(model, n=10, num_samples=20))
     [0.5, 0.8, 0.95]
     """
+    for what, value in (("n", n), ("num_samples", num_samples)):
+        if value < 1:
+            raise ValueError(f"calibration: {what} must be positive, got {value}")
+    if not all(0.0 < level < 1.0 for level in levels):
+        raise ValueError(f"calibration: levels must be in (0, 1), got {list(levels)}")
     z = model.sample_prior(n, generator=generator)
     x = model.draw_given(z, generator=generator)
     key = random.from_generator(generator, x.device)
-    q, log_prior, below = model.posterior(x), model.log_prior, torch.zeros_like(z)
+    q, log_prior = model.posterior(x), model.log_prior
     u = torch.rand(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+    below = u / (num_samples + 1)  # z is one of so many draws: with u its rank is uniform
     for k in range(num_samples):
         draw, _ = q.draw_kl(log_prior, key=random.fold_in(key, k))
         ties = u * (draw == z)  # each counts by chance, for all draws alike
-        below += q.average((draw < z) + ties) / num_samples
+        below += q.average((draw < z) + ties) / (num_samples + 1)
     return {level: float(((2 * below - 1).abs() < level).double().mean()) for level in levels}
 
 

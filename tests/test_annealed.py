@@ -157,9 +157,10 @@ def test_a_generator_replays_it():
     assert torch.equal(one, two)
 
 
-def test_a_proposal_that_is_nan_is_not_accepted():
+@pytest.mark.parametrize("beyond", [math.nan, math.inf])
+def test_a_proposal_that_is_nan_or_infinite_is_not_accepted(beyond):
     def log_joint(z: Tensor) -> Tensor:  # nothing beyond 1
-        return torch.where(z[..., 0] < 1.0, start(z), math.nan)
+        return torch.where(z[..., 0] < 1.0, start(z), beyond)
 
     z = torch.randn(100, 1, L)
     z[..., 0].clamp_(max=0.9)

@@ -59,6 +59,14 @@ def test_a_config_is_json_that_builds_it_again(model):
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("name", ["local-vae", "m1m2", "vae", "dlgm"])
+def test_a_config_holds_lists_whatever_was_given(name):
+    of_data = {"data_dim": D, "likelihood": "bernoulli", "dataset_size": N}
+    own = {key: of_data[key] for key in models.MODELS[name].of_data}
+    config = {**CONFIGS[name], "hidden": (8,)}
+    assert models.build(name, {**own, **config}).config["hidden"] == [8]
+
+
 def test_the_bound_is_its_terms_and_below_the_likelihood(model):
     x = images()
     found = model.elbo(x, generator=generator())

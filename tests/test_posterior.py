@@ -328,6 +328,19 @@ def test_dreg_is_iwae_with_another_gradient_of_q(posterior):
     assert of_q_2.var(0).sum() < of_q.var(0).sum()
 
 
+@pytest.mark.parametrize("kl_weight", [0.02, 0.5])
+def test_dreg_is_iwae_while_it_warms_up(kl_weight):
+    """The identity behind its squared weights is of a weight of 1."""
+    x, found = images(), {}
+    for name in ("iwae", "dreg"):
+        torch.manual_seed(0)
+        model = vae(objective=name, num_samples=4)
+        bound = objective(model, x, kl_weight)
+        gradients = torch.autograd.grad(bound.elbo.sum(), list(model.parameters()))
+        found[name] = [*bound, *gradients]
+    assert all(map(torch.equal, found["iwae"], found["dreg"]))
+
+
 @pytest.mark.parametrize("name", ["elbo", "beta", "free-bits", "iwae"])
 @pytest.mark.parametrize("posterior", ["full", "mixture", "planar"])
 def test_other_posteriors_and_priors_have_these_objectives_too(name, posterior):

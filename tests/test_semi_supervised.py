@@ -157,6 +157,8 @@ def test_data_that_cannot_be_labelled():
         m2().prepare(nameless, generator())
     with pytest.raises(ValueError, match="must be at most what each class has, got 2 of"):
         m2().prepare(dataset(4), generator())
+    with pytest.raises(ValueError, match="classes must be those of made, got 2 and labels up to 2"):
+        m2(classes=2).prepare(dataset(), generator())
 
 
 @pytest.mark.parametrize("make", [m2, m1m2])

@@ -203,6 +203,7 @@ class _Chain(ABC):
         """A proposal, accepted or not, and which were."""
         new, log_ratio = self.propose(state, beta, epsilon)
         accept = torch.log(self.noise(torch.rand, wide(log_ratio))) < log_ratio  # false for NaN
+        accept &= new.log_f(beta) < math.inf
         chosen = _State(
             *(
                 torch.where(accept.reshape(*accept.shape, *[1] * (b.dim() - accept.dim())), b, a)

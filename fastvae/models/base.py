@@ -79,7 +79,8 @@ def configured(init: Callable[..., None]) -> Callable[..., None]:
             if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 config |= value
             else:
-                config[name] = list(value) if isinstance(value, tuple) else value
+                config[name] = value
+        config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
         self.config = config | self.__dict__.get("config", {})
         init(self, *args, **kwargs)
 

@@ -110,6 +110,11 @@ class M2(Styled):
     def prepare(self, data: Dataset, generator: Generator) -> None:
         """Draws the images that have a label, as many of each class."""
         rows, y = balanced_labels(data, len(self.y), generator=generator)
+        if int(y.max()) >= self.classes:
+            raise ValueError(
+                f"{type(self).__name__}: classes must be those of {data.name}, got {self.classes} "
+                f"and labels up to {int(y.max())}"
+            )
         self.rows.copy_(rows)
         self.y.copy_(y)
 

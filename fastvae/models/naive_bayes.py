@@ -102,8 +102,8 @@ class NaiveBayes(Model):
         y = gumbel_softmax(draw, self.temperature, self.num_samples, hard=True, generator=generator)
         recon = (y * self.log_p_x_given_y(batch.x)).sum(-1)  # of the class drawn, [S, B]
         if not score:
-            kl = kl_weight * categorical_kl(logits, self.class_logits)
-            return Elbo((recon := recon.mean(0)) - kl, recon, kl)
+            kl = categorical_kl(logits, self.class_logits)
+            return Elbo((recon := recon.mean(0)) - kl_weight * kl, recon, kl)
         log_p_y = (y * self.class_logits.log_softmax(-1)).sum(-1)
         log_q = (y * logits.log_softmax(-1)).sum(-1)
         bound = score_function_bound(recon + log_p_y, log_q, control=leave_one_out)

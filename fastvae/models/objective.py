@@ -4,10 +4,11 @@ r"""What training may maximise in place of the bound.
 ``elbo``       :math:`E_q[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, p(z))`
 ``beta``       the same, with :math:`\beta\, \mathrm{KL}`
 ``free-bits``  :math:`E_q[\log p(x|z)] - \sum_d \max(\lambda, \overline{\mathrm{KL}_d})`, the mean
-               over the batch; with another prior or posterior than Gaussians, of the whole KL
+               over the batch; of another prior than N(0, I), or another posterior than a Gaussian
+               of diagonal covariance, :math:`\max(\lambda, \overline{\mathrm{KL}})` of the whole
 ``tc``         the bound less :math:`(\beta - 1)\, \mathrm{KL}(q(z) \,\|\, \prod_d q(z_d))`
 ``iwae``       :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k|x)`
-``dreg``       the same, with the doubly reparameterised gradient
+``dreg``       the same, with the doubly reparameterised gradient; in a warm-up, with that of iwae
 =============  =====================================================================================
 
 Papers: Higgins et al., "beta-VAE", ICLR 2017; Kingma et al., "Improved Variational Inference with
@@ -68,6 +69,8 @@ def _importance_weighted(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -
 
 
 def _dreg(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
+    if kl_weight != 1.0:  # the squared weights are those of log p - log q as it is
+        return _importance_weighted(model, x, kl_weight, key)
     log_joint, q = model.log_joint(x), model.posterior(x)
     assert isinstance(q, Normal)
     recon = x.new_zeros(())
@@ -75,7 +78,7 @@ def _dreg(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
     def log_w(z: Tensor) -> Tensor:
         nonlocal recon
         recon, log_prior = log_joint(z)
-        return recon + kl_weight * (log_prior - q.detach().log_prob(z))
+        return recon + log_prior - q.detach().log_prob(z)
 
     bound = importance_weighted_bound(log_w, "dreg", z=q.sample(model.num_samples, key=key))
     return Elbo(bound, (recon := recon.mean(0)), recon - bound)

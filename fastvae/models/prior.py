@@ -3,6 +3,7 @@ r"""Priors p(z) beside N(0, I).
 =============  =====================================================================================
 ``mixture``    :math:`\sum_k w_k N(\mu_k, \sigma_k^2)`, all learnt
 ``vamp``       :math:`\frac1K \sum_k q(z | u_k)`: what the encoder makes of K learnt pseudo-inputs
+               (with a flow posterior, before the flow moves it)
 ``flow``       N(0, I), moved by affine couplings
 =============  =====================================================================================
 

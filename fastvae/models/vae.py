@@ -46,7 +46,8 @@ class VAE(LatentVector):
         objective: ``"elbo"``, ``"beta"``, ``"free-bits"``, ``"tc"``, ``"iwae"`` or ``"dreg"``.
         num_samples: K of iwae and dreg; default: 50.
         beta: of beta and tc; default: 4.
-        free_bits: lambda, in nats for each dimension of z; default: 0.1.
+        free_bits: lambda, in nats for each dimension of z, or where the KL has no such parts, as of
+            flows, for the whole; default: 0.1.
 
     Raises:
         ValueError: if a size is not positive, there is no such option, or one is given without what
