@@ -51,7 +51,7 @@ class InferenceGaps(NamedTuple):
 
     amortized: float  # the bound of what the encoder says
     local: float  # the bound of the best Gaussian of each image's own
-    log_px: float  # importance-sampled, of the better of the two for a proposal
+    log_px: float  # importance-sampled, with the latter for a proposal
 
     @property
     def amortization_gap(self) -> float:

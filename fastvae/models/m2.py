@@ -18,6 +18,7 @@ M2 generates x of a class y and a style z; q(y|x) is the classifier:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -166,7 +167,10 @@ class M2(Styled):
     def objective(
         self, batch: Batch, *, kl_weight: float = 1.0, generator: Generator | None = None
     ) -> Elbo:
-        r"""J / N, of a minibatch of images without labels and one of those with them, ``[B]``."""
+        r"""J / N, of a minibatch of all images, as if without labels, and one of those with them.
+
+        ``[B]``.
+        """
         assert batch.images is not None
         device = batch.x.device
         keys = [random.from_generator(generator, device) for _ in range(4)]
@@ -178,7 +182,8 @@ class M2(Styled):
         bound = self.class_bound(known, y, key=keys[3]).weighted(kl_weight)
         log_q = self.classifier(known).log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
         share = len(self.y) / self.dataset_size
-        value = (1.0 - share) * other.elbo + share * bound.elbo.mean() + self.alpha * log_q
+        known_elbo = bound.elbo.mean() - math.log(self.classes)
+        value = (1.0 - share) * other.elbo + share * known_elbo + self.alpha * log_q
         return Elbo(value, other.recon, other.kl)
 
     def classify(self, x: Tensor) -> Tensor:
