@@ -9,6 +9,7 @@ settings, and how far the run is.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class Header:
     def course(self) -> dict[str, Any]:
         """All that a run keeps when it goes on, by name."""
         return {"model": self.model, **self.config, **vars(self.settings)}
+
+    def differs(self, course: Mapping[str, Any]) -> str | None:
+        """The first name of which the run has another value, if there is one."""
+        own = self.course
+        return next((name for name in course if course[name] != own.get(name)), None)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ exit codes:
   0    done
   2    something is wrong with an option, the data or a checkpoint; one sentence says what
   3    training diverged: the loss became NaN or infinite
-  141  nobody reads the output any more, as behind a pipe to head
   130  stopped by Ctrl-C; training then writes its checkpoint and says how to go on
+  141  nobody reads the output any more, as behind a pipe to head
 """
 _DEMO = Path("runs/demo")
 _CHECKPOINT, _RESULTS, _PICTURE = "checkpoint.safetensors", "results.json", "picture.png"
@@ -309,15 +309,14 @@ def _device(name: str | None) -> str:
 
 def _check_same(args: argparse.Namespace, header: checkpoint.Header) -> None:
     """Options that were given must be those of the run that goes on."""
-    stored = header.course
-    for name in ("model", *_SETTINGS, *_CONFIG):
-        given = getattr(args, name)
-        if given is not None and given != stored.get(name):
-            option = name if name == "model" else "--" + name.replace("_", "-")
-            raise _UsageError(
-                f"{option} {given} is not the {stored.get(name)} of the run in {args.out}; "
-                "leave it out, or start a new run with another --out"
-            )
+    names = ("model", *_SETTINGS, *_CONFIG)
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if name := header.differs(given):
+        option = name if name == "model" else "--" + name.replace("_", "-")
+        raise _UsageError(
+            f"{option} {given[name]} is not the {header.course.get(name)} of the run in "
+            f"{args.out}; leave it out, or start a new run with another --out"
+        )
 
 
 def _m1(args: argparse.Namespace) -> models.VAE | None:
@@ -356,7 +355,8 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     dataset, m1 = data.load(settings.data, args.root), _m1(args)
     if header:
         trainer = train.Trainer.resume(path, dataset, device)
-        if m1 is not None and not trainer.is_made_on(m1):
+        made_on = getattr(trainer.model, "is_made_on", None)
+        if m1 is not None and made_on is not None and not made_on(m1):
             raise _UsageError(
                 f"--features {args.features} is not the M1 of the run in {args.out}; leave it out"
             )

@@ -23,7 +23,7 @@ import torch
 import fastvae
 
 from . import data, evaluation, files, models, train
-from .checkpoint import CheckpointError, Settings
+from .checkpoint import CheckpointError, Header, Settings
 
 __all__ = ["METRICS", "Recipe", "recipe", "recipes", "run"]
 
@@ -213,7 +213,7 @@ def _train(
         if path.exists():
             wanted = trainer.header.course
             trainer = train.Trainer.resume(path, dataset, device)
-            _check_same(trainer.header.course, wanted, path)
+            _check_same(trainer.header, wanted, path)
         else:
             if stage.start:
                 trainer.begin_with(trained[stage.start].model)
@@ -237,14 +237,14 @@ def _train(
     return list(trained.values())
 
 
-def _check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def _check_same(header: Header, wanted: dict[str, Any], path: Path) -> None:
     """A run that goes on must be one of the recipe, in the same precision."""
-    for name in sorted(wanted.keys() | stored.keys()):
-        if stored.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"{path} was trained with {name} {stored.get(name)!r}, this run has "
-                f"{wanted.get(name)!r}; pass another --out, or delete it"
-            )
+    wanted = dict.fromkeys(header.course) | wanted
+    if name := header.differs(wanted):
+        raise CheckpointError(
+            f"{path} was trained with {name} {header.course.get(name)!r}, this run has "
+            f"{wanted[name]!r}; pass another --out, or delete it"
+        )
 
 
 def _seconds(folder: Path) -> float:

@@ -170,14 +170,6 @@ class Trainer:
         for one in (self.model, self.average):
             one.load_state_dict(own | weights)
 
-    def is_made_on(self, m1: models.Model) -> bool:
-        """Whether the model is an M1+M2 whose M1 has these weights."""
-        base, given = getattr(self.model, "base", None), m1.state_dict()
-        if base is None or base.config != m1.config:
-            return False
-        own = base.state_dict()
-        return all(torch.equal(own[name].cpu(), given[name]) for name in given)
-
     def _learnt(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -426,8 +418,9 @@ def fit(
         ):
             batch_size = trainer.settings.batch_size
             count = min(batch_size, size - trainer.batch * batch_size)  # the last batch is smaller
-            elbo, _, kl = trainer.train_step()
-            elbo_sum, kl_sum, seen = elbo_sum + count * elbo, kl_sum + count * kl, seen + count
+            _, recon, kl = trainer.train_step()
+            elbo_sum += count * (recon - kl)  # whatever is maximised, as of the validation images
+            kl_sum, seen = kl_sum + count * kl, seen + count
             means = f"ELBO {elbo_sum / seen:.2f}, KL {kl_sum / seen:.2f}"
             bar.set_description(f"epoch {trainer.epoch + (trainer.batch > 0)}", refresh=False)
             bar.set_postfix_str(means, refresh=False)

@@ -186,3 +186,8 @@ def test_wrong_arguments_raise(arguments, error, message):
     good = {"log_joint": start, "log_start": start, "z": torch.zeros(4, 5, 2), "num_steps": 2}
     with pytest.raises(error, match=message):
         fastvae.annealed_importance_sampling(**{**good, **arguments})
+
+
+def test_inference_mode_is_refused_as_slopes_are_taken():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode must be off"):
+        fastvae.annealed_importance_sampling(start, start, torch.zeros(4, 5, 2), 2)

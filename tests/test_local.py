@@ -144,6 +144,11 @@ def test_gaps_of_a_flow_are_refused():
         evaluation.inference_gaps(models.VAE(D, L, posterior="planar"), images())
 
 
+def test_inference_mode_is_refused_as_slopes_are_taken():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"refine: .* must be off"):
+        local_vae().posterior(images())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -136,6 +136,14 @@ def test_the_objective_is_j_over_n(prune):
     torch.testing.assert_close(found, (1 - share) * u + share * bound + 0.7 * log_q)
 
 
+@pytest.mark.parametrize("prune", [0.0, 1e-9])
+def test_an_objective_without_labels_is_refused(prune):
+    made = dataset()
+    batch = models.Batch(images(), torch.arange(6), lambda rows: made.train[rows])
+    with pytest.raises(RuntimeError, match="prepare must come before the objective"):
+        m2(prune=prune).objective(batch, generator=generator())
+
+
 def test_labels_are_as_many_of_each_class_and_drawn_by_the_generator():
     model, made = m2(), dataset()
     model.prepare(made, generator())

@@ -129,6 +129,16 @@ def test_training_learns(digits, tmp_path, capsys):
     assert all("train ELBO" in line and "KL" in line and "valid ELBO" in line for line in lines)
 
 
+def test_the_log_says_the_bound_whatever_is_maximised(digits, tmp_path, capsys):
+    config = {"latent_dim": 2, "hidden": [4], "objective": "beta", "beta": 50.0}
+    trainer = Trainer("vae", config, digits, Settings(batch_size=2000, warmup=3))
+    again = Trainer("vae", config, digits, Settings(batch_size=2000, warmup=3))
+    train.fit(trainer, tmp_path / "c", epochs=1)
+    value, recon, kl = again.train_step()
+    assert abs(recon - kl - value) > 1.0
+    assert f"train ELBO {recon - kl:9.2f}   KL {kl:6.2f} " in capsys.readouterr().out
+
+
 def test_fit_goes_on_to_the_epochs_in_all(digits, tmp_path):
     path = tmp_path / "c"
     train.fit(make(digits), path, epochs=1)
@@ -318,6 +328,11 @@ _EVERY = [
     *(("vae", {"posterior": name}) for name in models.POSTERIORS),
     *(("vae", {"prior": name}) for name in models.PRIORS),
     *(("vae", {"objective": name}) for name in models.OBJECTIVES),
+    *(
+        ("vae", {"posterior": name, "objective": objective, "num_samples": 4})
+        for objective, names in (("iwae", ("full", "low-rank", "mixture")), ("dreg", ("full",)))
+        for name in names
+    ),
     *(("sbn", {"objective": name}) for name in models.sigmoid_belief.OBJECTIVES),
     *(("naive-bayes", {"objective": name}) for name in models.naive_bayes.OBJECTIVES),
 ]
@@ -517,8 +532,9 @@ def test_an_error_while_writing_keeps_the_old_file(digits, stored, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, call, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         trainer.save(stored)
+    assert caught.value.filename == str(stored)
     assert stored.read_bytes() == content
     assert [p.name for p in stored.parent.iterdir()] == [stored.name]
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from ..functional import bernoulli_log_prob
 from .evidence import LogProb, rows_of
-from .surrogate import bernoulli_sample, check_floating, wide
+from .surrogate import bernoulli_sample, check_floating, check_no_inference_mode, wide
 
 __all__ = ["AnnealedWeights", "annealed_importance_sampling"]
 
@@ -87,6 +87,7 @@ def annealed_importance_sampling(
         not accepted.
 
     Raises:
+        RuntimeError: under ``torch.inference_mode``.
         TypeError: if ``z`` is not a floating-point tensor, or a function returns none.
         ValueError: if a number of steps is not positive, ``z`` is not ``[K, ..., D]``, or not of
             bits though ``bits`` says so, ``step_size`` does not begin with T, or a function does
@@ -108,6 +109,7 @@ def annealed_importance_sampling(
     tensor([-3.0310, -3.0310, -3.0310])
     """
     check_floating(_NAME, "z", z)
+    check_no_inference_mode(_NAME)
     if z.dim() < 2:
         raise ValueError(f"fastvae::{_NAME}: z must be [K, ..., D], got {list(z.shape)}")
     for name, value in (("num_steps", num_steps), ("leapfrog_steps", leapfrog_steps)):

@@ -12,6 +12,7 @@ __all__ = [
     "AddGradient",
     "bernoulli_sample",
     "check_floating",
+    "check_no_inference_mode",
     "check_same_device",
     "wide",
 ]
@@ -75,4 +76,13 @@ def check_same_device(op: str, name: str, x: Tensor, other: str, y: Tensor) -> N
     if x.device != y.device:
         raise ValueError(
             f"fastvae::{op}: {name} must be on the device of {other}, got {x.device} and {y.device}"
+        )
+
+
+def check_no_inference_mode(op: str) -> None:
+    """Of what takes slopes even under torch.no_grad."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"fastvae::{op}: torch.inference_mode must be off, as slopes in z are taken; use "
+            "torch.no_grad"
         )

@@ -30,6 +30,7 @@ from torch import Generator, Tensor
 
 from .. import random
 from ..estimators import Elbo
+from ..estimators.surrogate import check_no_inference_mode
 from .base import Batch, LatentVector, check_option, configured
 from .posterior import Gaussian
 from .vae import VAE
@@ -59,12 +60,16 @@ def refine(
         create_graph: whether the result has gradients to the model and to ``q``: then what was
             drawn is held for backward.
 
+    Raises:
+        RuntimeError: under ``torch.inference_mode``.
+
     >>> model, x = fastvae.models.VAE(12, latent_dim=3), torch.rand(5, 12)
     >>> key = fastvae.random.key(0)
     >>> q = fastvae.models.local.refine(model, x, model.posterior(x), steps=20, key=key)
     >>> q.mu.shape
     torch.Size([5, 3])
     """
+    check_no_inference_mode("refine")
     log_joint = model.log_joint(x)
     create_graph = create_graph and torch.is_grad_enabled()
     with torch.enable_grad():

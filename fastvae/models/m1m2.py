@@ -40,7 +40,10 @@ _LATENTS = Likelihood(
 
 @dataclass(frozen=True)
 class _Stacked(Posterior):
-    """(z_1, z_2) of q(z_1 | x) and the sum over y of q(y | z_1) q(z_2 | z_1, y)."""
+    """(z_1, z_2) of q(z_1 | x) and the sum over y of q(y | z_1) q(z_2 | z_1, y).
+
+    The class is drawn, so that q(y | z_1) gets no gradient here: :meth:`M1M2.elbo` sums over all.
+    """
 
     first: Posterior
     second: Callable[[Tensor], Mixture]  # of z_1, [N, F]
@@ -99,6 +102,13 @@ class M1M2(M2):
         self.base = m1.requires_grad_(False)
         self.likelihood = _LATENTS
         self.latent_dim = m1.latent_dim + self.style_dim
+
+    def is_made_on(self, m1: VAE) -> bool:
+        """Whether M1 has the config and the weights of this one."""
+        own, given = self.base.state_dict(), m1.state_dict()
+        return self.base.config == m1.config and all(
+            torch.equal(own[name].cpu(), given[name].cpu()) for name in given
+        )
 
     @property
     def decoded_dim(self) -> int:

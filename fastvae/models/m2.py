@@ -99,7 +99,7 @@ class M2(Styled):
         self.classes, self.likelihood = classes, LIKELIHOODS[likelihood]
         self.alpha, self.labelled_batch, self.dataset_size = alpha, labelled_batch, dataset_size
         self.prune = prune
-        none = torch.zeros(num_labels, dtype=torch.int64)
+        none = torch.full((num_labels,), -1)
         self.register_buffer("rows", none)  # of the training set, which have a label
         self.register_buffer("y", none.clone())
         self.register_buffer("every", torch.arange(classes).unsqueeze(-1), persistent=False)
@@ -170,13 +170,18 @@ class M2(Styled):
         r"""J / N, of a minibatch of all images, as if without labels, and one of those with them.
 
         ``[B]``.
+
+        Raises:
+            RuntimeError: before :meth:`prepare`, which draws the images that have a label.
         """
         assert batch.images is not None
         device = batch.x.device
         keys = [random.from_generator(generator, device) for _ in range(4)]
         size = (self.labelled_batch,)
         pick = torch.randint(len(self.y), size, generator=generator, device=device)
-        y, labelled = self.y[pick], batch.images(self.rows[pick])
+        y = self.y[pick]
+        torch._assert_async((y >= 0).all(), "prepare must come before the objective: no labels yet")
+        labelled = batch.images(self.rows[pick])
         f, known = self.features(batch.x, key=keys[0]), self.features(labelled, key=keys[1])
         other = self.unlabelled(f, key=keys[2], prune=self.prune).weighted(kl_weight)
         bound = self.class_bound(known, y, key=keys[3]).weighted(kl_weight)

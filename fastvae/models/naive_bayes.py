@@ -21,11 +21,11 @@ from torch.nn.functional import linear, one_hot, softplus
 
 from ..estimators import Elbo, leave_one_out, score_function_bound
 from ..functional import categorical_kl, gumbel_softmax
-from .base import Batch, Model, check_option, configured
+from .base import Batch, Model, check_option, configured, owned
 
 __all__ = ["NaiveBayes"]
 
-OBJECTIVES = ("elbo", "score", "gumbel")
+OBJECTIVES = {"elbo": None, "score": 8, "gumbel": 8}  # and samples, if nobody says
 
 
 class NaiveBayes(Model):
@@ -38,8 +38,8 @@ class NaiveBayes(Model):
         objective: what trains q: ``"elbo"``, the sum over all classes; ``"score"``, the score
             function of samples, each less the mean of the others; ``"gumbel"``, the
             straight-through Gumbel-softmax, which is biased.
-        num_samples: of y, for ``"score"`` and ``"gumbel"``.
-        temperature: of ``"gumbel"``.
+        num_samples: of y, for ``"score"`` and ``"gumbel"``; default: 8.
+        temperature: of ``"gumbel"``; default: 0.5.
 
     >>> model = fastvae.models.NaiveBayes(6, latent_dim=3)
     >>> x = torch.bernoulli(torch.full((5, 6), 0.5))
@@ -56,18 +56,20 @@ class NaiveBayes(Model):
         latent_dim: int = 10,
         likelihood: str = "bernoulli",
         objective: str = "elbo",
-        num_samples: int = 8,
-        temperature: float = 0.5,
+        num_samples: int | None = None,
+        temperature: float | None = None,
     ) -> None:
         super().__init__()
         check_option("NaiveBayes", "likelihood", likelihood, ("bernoulli",))
         check_option("NaiveBayes", "objective", objective, OBJECTIVES)
-        fewest = 2 if objective == "score" else 1
-        if min(data_dim, latent_dim) < 1 or num_samples < fewest or not temperature > 0.0:
-            raise ValueError(
-                f"NaiveBayes: sizes and temperature must be positive, and num_samples at least "
-                f"{fewest}, got {data_dim}, {latent_dim}, {temperature} and {num_samples}"
-            )
+        if min(data_dim, latent_dim) < 1:
+            raise ValueError(f"NaiveBayes: sizes must be positive, got {data_dim} and {latent_dim}")
+        many = {name: k for name, k in OBJECTIVES.items() if k is not None}
+        num_samples = owned("NaiveBayes", "num_samples", num_samples, objective, many)
+        temperature = owned("NaiveBayes", "temperature", temperature, objective, {"gumbel": 0.5})
+        if objective == "score" and num_samples == 1:
+            raise ValueError("NaiveBayes: num_samples of score must be at least 2, got 1")
+        self.config |= {"num_samples": num_samples, "temperature": temperature}
         self.latent_dim, self.num_samples = latent_dim, num_samples
         self.objective_name, self.temperature = objective, temperature
         self.weighs_kl = objective != "score"
@@ -99,7 +101,8 @@ class NaiveBayes(Model):
         logits = self.recognition(batch.x)
         score = self.objective_name == "score"
         draw = logits.detach() if score else logits
-        y = gumbel_softmax(draw, self.temperature, self.num_samples, hard=True, generator=generator)
+        tau = self.temperature or 1.0  # the score function sees but the class
+        y = gumbel_softmax(draw, tau, self.num_samples, hard=True, generator=generator)
         recon = (y * self.log_p_x_given_y(batch.x)).sum(-1)  # of the class drawn, [S, B]
         if not score:
             kl = categorical_kl(logits, self.class_logits)

@@ -7,7 +7,8 @@ r"""What training may maximise in place of the bound.
                over the batch; of another prior than N(0, I), or another posterior than a Gaussian
                of diagonal covariance, :math:`\max(\lambda, \overline{\mathrm{KL}})` of the whole
 ``tc``         the bound less :math:`(\beta - 1)\, \mathrm{KL}(q(z) \,\|\, \prod_d q(z_d))`
-``iwae``       :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k|x)`
+``iwae``       :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k|x)`; of a mixture, K samples of all its
+               components, which in a warm-up count more alike than their weights
 ``dreg``       the same, with the doubly reparameterised gradient; in a warm-up, with that of iwae
 =============  =====================================================================================
 

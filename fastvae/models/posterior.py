@@ -30,11 +30,12 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
+from torch.distributions import Distribution, LowRankMultivariateNormal, MultivariateNormal
 
 from .. import flows, random
 from ..estimators import gaussian_entropy
 from ..estimators.evidence import standard_log_prob
+from ..estimators.surrogate import wide
 from ..functional import (
     gaussian_log_prob,
     reparameterize,
@@ -123,9 +124,13 @@ class Dense(Posterior):
 class Normal(Dense):
     """A Gaussian of any covariance."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The q of parameters that are changed."""
+        return type(self)(*(change(getattr(self, field.name)) for field in fields(self)))
+
     def detach(self) -> Self:
         """The same q, whose parameters get no gradient."""
-        return type(self)(*(getattr(self, field.name).detach() for field in fields(self)))
+        return self.map(Tensor.detach)
 
     @abstractmethod
     def entropy(self) -> Tensor:
@@ -162,17 +167,32 @@ class Gaussian(Normal):
         return reparameterize(self.mu, self.log_var, num_samples, key=key)
 
 
-@dataclass(frozen=True)
-class Full(Normal):
-    scale_tril: Tensor  # its diagonal is log C_ii
+class Correlated(Normal):
+    """A Gaussian whose density takes linear algebra, of which half types have none."""
+
+    @property
+    @abstractmethod
+    def distribution(self) -> Distribution:
+        """The same, of torch."""
 
     def log_prob(self, z: Tensor) -> Tensor:
-        c = self.scale_tril
-        triangle = c.tril(-1) + c.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
-        return MultivariateNormal(self.mu, scale_tril=triangle, validate_args=False).log_prob(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.map(wide).distribution.log_prob(wide(z))
 
     def entropy(self) -> Tensor:
-        return gaussian_entropy(2.0 * self.scale_tril.diagonal(dim1=-2, dim2=-1))
+        with torch.autocast(self.mu.device.type, enabled=False):
+            return self.map(wide).distribution.entropy()
+
+
+@dataclass(frozen=True)
+class Full(Correlated):
+    scale_tril: Tensor  # its diagonal is log C_ii
+
+    @property
+    def distribution(self) -> Distribution:
+        c = self.scale_tril
+        triangle = c.tril(-1) + c.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+        return MultivariateNormal(self.mu, scale_tril=triangle, validate_args=False)
 
     def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
         return reparameterize_tril_kl(
@@ -181,20 +201,15 @@ class Full(Normal):
 
 
 @dataclass(frozen=True)
-class LowRank(Normal):
+class LowRank(Correlated):
     log_var: Tensor
     factor: Tensor
 
-    def _distribution(self) -> LowRankMultivariateNormal:
+    @property
+    def distribution(self) -> Distribution:
         return LowRankMultivariateNormal(
             self.mu, self.factor, self.log_var.exp(), validate_args=False
         )
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self._distribution().log_prob(z)
-
-    def entropy(self) -> Tensor:
-        return self._distribution().entropy()
 
     def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
         return reparameterize_low_rank_kl(self.mu, self.log_var, self.factor, num_samples, key=key)
