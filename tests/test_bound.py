@@ -7,11 +7,13 @@ textbook formula, written out with the detachments of the paper.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
 from pathlib import Path
 
+import chance
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from fastvae import importance_weighted_bound
 
 X, REPLICATES = 1.3, 100_000
 LOG_2PI = math.log(2 * math.pi)
+assert_mean = functools.partial(chance.assert_mean, dim=-1, small=0.02)
 
 
 # --- a linear Gaussian model: z ~ N(0, 1), x | z ~ N(a z + b, s^2), and a q that is wrong ---------
@@ -120,15 +123,6 @@ def exact(samples: int, finer: int = 0) -> tuple[float, Tensor]:
     z = sample(phi, eps)
     value = (weights * plain_bound(log_joint(theta, z) - log_q(phi, z))).sum()
     return value.item(), torch.stack(torch.autograd.grad(value, [*theta, *phi]))
-
-
-def assert_mean(values: Tensor, truth, what: str = "") -> None:
-    """Within four standard errors, which themselves must be small enough to say something."""
-    mean, error = values.mean(-1), values.std(-1) / math.sqrt(values.shape[-1])
-    truth = torch.as_tensor(truth, dtype=torch.float64)
-    off = (mean - truth).abs()
-    assert (off <= 4 * error + 1e-9).all(), f"{what}: {mean} is not {truth} +- {error}"
-    assert (error < 0.02).all(), f"{what}: {error} tells nothing"
 
 
 @pytest.fixture(scope="module")
@@ -409,14 +403,14 @@ def test_vimco_is_unbiased():
     log_p = torch.gather(torch.log_softmax(thetas, 1) - 1.0, 1, index.T).T
     vimco = importance_weighted_bound(log_p - q, "vimco", log_q=q)
     grads = torch.autograd.grad(vimco.sum(), [thetas, phis], retain_graph=True)
-    assert_mean(vimco.detach(), expected.item(), "value")
-    assert_mean(grads[0].T, truth[0], "model")
-    assert_mean(grads[1].T, truth[1], "inference")
+    assert_mean(vimco.detach(), expected.item(), what="value")
+    assert_mean(grads[0].T, truth[0], what="model")
+    assert_mean(grads[1].T, truth[1], what="inference")
     # and the score function alone, without the baseline, is as unbiased but noisier
     plain = plain_bound(log_p - q)
     naive = plain + plain.detach() * (q - q.detach()).sum(0)
     (noisy,) = torch.autograd.grad(naive.sum(), phis)
-    assert_mean(noisy.T, truth[1], "score function")
+    assert_mean(noisy.T, truth[1], what="score function")
     assert (grads[1].std(0) < 0.5 * noisy.std(0)).all()
 
 

@@ -46,3 +46,12 @@ def test_public_functions_have_examples():
         if callable(getattr(fastvae, name)) and ">>>" not in (getattr(fastvae, name).__doc__ or "")
     ]
     assert missing == []
+
+
+def test_an_estimator_is_exported_and_documented():
+    for name in fastvae.estimators.__all__:
+        found = getattr(fastvae.estimators, name)
+        assert found.__doc__, name
+        if not isinstance(found, type):
+            assert getattr(fastvae, name) is found
+            assert name in fastvae.__all__

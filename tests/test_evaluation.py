@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chance import generator
 from test_vae import Linear
 from torch import Tensor
 
@@ -18,10 +19,6 @@ D, L = 12, 3
 
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def images(n: int = 6) -> Tensor:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from chance import generator
 from torch import Tensor
 
 import fastvae
@@ -27,10 +28,6 @@ CONFIGS = {
 VECTORS = [name for name, kind in models.MODELS.items() if issubclass(kind, models.LatentVector)]
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def images(n: int = B) -> Tensor:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from chance import generator
 from torch import Tensor
 from torch.distributions import Bernoulli
 
@@ -17,10 +18,6 @@ D, UNITS = 4, 2
 
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(layers: int, **options) -> models.SigmoidBelief:

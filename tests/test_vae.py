@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from chance import generator
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -16,10 +17,6 @@ from fastvae.checkpoint import Settings
 from fastvae.train import Trainer
 
 FLOWS = [name for name, family in models.POSTERIORS.items() if family.flow is not None]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def model(
