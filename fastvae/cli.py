@@ -548,6 +548,9 @@ def _demo(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _energies(args: argparse.Namespace, argv: list[str]) -> int:
     require("matplotlib")
+    if args.out.is_dir():
+        raise _UsageError(f"--out must be a file, got the folder {args.out}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # a bad one is better known now
     names = list(energies.FLOWS)
     print("KL(q || p) in nats   " + "".join(f"{name:>16}" for name in names))
     rows = []

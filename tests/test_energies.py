@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastvae import energies
+from fastvae import cli, energies
 from fastvae.cli import main
 
 POINTS = ((0.0, 0.0), (2.0, 0.0), (-1.3, 0.7), (1.1, -2.4))
@@ -66,3 +66,11 @@ def test_command_prints_divergences_and_draws(tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     for name in (*energies.ENERGIES, *energies.FLOWS, str(out)):
         assert name in text
+
+
+def test_a_bad_place_is_said_before_anything_is_fitted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(energies, "fit", lambda *args, **options: pytest.fail("it was fitted"))
+    (tmp_path / "file").touch()
+    for bad in (tmp_path, tmp_path / "file" / "x.png"):
+        assert cli.main(["energies", "--out", str(bad)]) == 2
+        assert str(tmp_path) in capsys.readouterr().err
