@@ -34,7 +34,7 @@ def all_bits(n: int) -> Tensor:
 
 def joint(model: models.SigmoidBelief, x: Tensor) -> tuple[Tensor, Tensor]:
     """log p(x, h) and log q(h | x) of every h, ``[H, B]``, without any op of fastvae."""
-    layers = len(model.recognition)
+    layers = len(model.inference)
     bits = all_bits(layers * UNITS).unsqueeze(1).expand(-1, len(x), -1).split(UNITS, -1)
     chain = [x.expand(len(bits[0]), -1, -1), *bits]
     log_p = Bernoulli(logits=model.top).log_prob(bits[-1]).sum(-1)
@@ -42,7 +42,7 @@ def joint(model: models.SigmoidBelief, x: Tensor) -> tuple[Tensor, Tensor]:
     for k, (low, high) in enumerate(itertools.pairwise(chain)):
         log_p = log_p + Bernoulli(logits=model.generation[k](high)).log_prob(low).sum(-1)
         seen = low - model.mean if k == 0 else low
-        log_q = log_q + Bernoulli(logits=model.recognition[k](seen)).log_prob(high).sum(-1)
+        log_q = log_q + Bernoulli(logits=model.inference[k](seen)).log_prob(high).sum(-1)
     return log_p, log_q
 
 
@@ -111,7 +111,7 @@ def test_vimco_is_unbiased(layers):
 def test_reweighted_wake_sleep_takes_q_to_the_posterior():
     """Of a model that stays, with many samples: the gradient of KL(p || q) at what it is."""
     model, x = network(1, objective="rws", num_samples=2_000), all_bits(D)[3:8]
-    parameters = list(model.recognition.parameters())
+    parameters = list(model.inference.parameters())
     log_p, log_q = joint(model, x)
     posterior = (log_p - log_p.logsumexp(0)).exp().detach()
     exact = (posterior * log_q).sum(0).mean()
@@ -171,6 +171,9 @@ def test_all_layers_are_one_vector_with_two_densities(layers):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_annealing_is_exact_where_q_is_not_the_posterior(layers):
     model, x = network(layers), all_bits(D)
+    with torch.no_grad():
+        for parameter in (*model.generation.parameters(), *model.inference.parameters()):
+            parameter *= 2.0
     log_px = joint(model, x)[0].logsumexp(0)
     found = evaluation.annealed_log_likelihood(model, x, 50, 500, generator=generator())
     torch.testing.assert_close(found, log_px.detach(), rtol=0, atol=0.05)
@@ -192,7 +195,7 @@ def test_rare_bits_are_as_rare_in_half_types():
 def test_what_is_drawn_along_is_what_images_are_of():
     model = network(3)
     with torch.no_grad():
-        model.recognition[2].weight *= 100.0  # the top bits vary most
+        model.inference[2].weight *= 100.0  # the top bits vary most
     means = evaluation.posterior_means(model, all_bits(D))
     made = evaluation.traversals(model, means, points=5).unflatten(0, (-1, 5))
     assert len(made) == UNITS
@@ -206,12 +209,12 @@ def test_intervals_of_bits_hold_what_they_say_if_q_is_the_posterior():
     model = network(1)
     with torch.no_grad():
         model.generation[0].weight.zero_()
-        model.recognition[0].weight.zero_()
-        model.recognition[0].bias.copy_(model.top)
+        model.inference[0].weight.zero_()
+        model.inference[0].bias.copy_(model.top)
     exact = evaluation.calibration(model, n=8000, generator=generator())
     assert exact == pytest.approx({0.5: 0.5, 0.8: 0.8, 0.95: 0.95}, abs=0.015)
     with torch.no_grad():
-        model.recognition[0].bias += 2.0
+        model.inference[0].bias += 2.0
     wrong = evaluation.calibration(model, n=8000, generator=generator())
     assert all(wrong[level] < level - 0.03 for level in wrong)
 

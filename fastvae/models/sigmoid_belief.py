@@ -4,8 +4,7 @@ r"""Sigmoid belief networks: L layers of bits, which no path's derivative reache
     p(x, h) = p(h_L) \prod_{l=1}^{L} p(h_{l-1} | h_l), \qquad
     q(h|x) = \prod_{l=1}^{L} q(h_l | h_{l-1}), \qquad h_0 = x
 
-each factor a Bernoulli of an affine function: of bits, of -1 and 1 in place of 0 and 1, with which
-weights learn sooner, as none of them waits for a bias. What trains q:
+each factor a Bernoulli of an affine function. What trains q:
 
 =========  =========================================================================================
 ``nvil``   the score function: of layer l, whose signal is what depends on :math:`h_l`, less a
@@ -44,13 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["SigmoidBelief"]
 
 OBJECTIVES = {"nvil": None, "vimco": 10, "rws": 10}  # and K, if nobody says
-
-
-class _OfBits(nn.Linear):
-    """An affine function of -1 and 1 for bits of 0 and 1."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return super().forward(2.0 * h - 1.0)
 
 
 @dataclass(frozen=True)
@@ -139,10 +131,8 @@ class SigmoidBelief(LatentVector):
         self.config["num_samples"] = num_samples
         self.latent_dim, self.num_samples = layers * latent_dim, num_samples
         sizes = [data_dim, *[latent_dim] * layers]
-        kinds = [nn.Linear, *[_OfBits] * (layers - 1)]
-        pairs = list(pairwise(sizes))
-        self.recognition = nn.ModuleList(f(a, b) for f, (a, b) in zip(kinds, pairs, strict=True))
-        self.generation = nn.ModuleList(_OfBits(b, a) for a, b in pairs)
+        self.inference = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.generation = nn.ModuleList(nn.Linear(b, a) for a, b in pairwise(sizes))
         self.top = nn.Parameter(torch.zeros(latent_dim))
         self.register_buffer("mean", torch.zeros(data_dim))  # of x, which inference subtracts
         if objective == "nvil":
@@ -163,7 +153,7 @@ class SigmoidBelief(LatentVector):
         return self.latent_dim // len(self.generation)
 
     def posterior(self, x: Tensor) -> Bits:
-        return Bits(x - self.mean, self.recognition)  # type: ignore[arg-type]
+        return Bits(x - self.mean, self.inference)  # type: ignore[arg-type]
 
     def log_p_of_layers(self, z: Tensor) -> list[Tensor]:
         """log p(h_l | h_{l+1}) of each layer, ``[..., B]``."""
