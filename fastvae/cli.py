@@ -355,8 +355,8 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     dataset, m1 = data.load(settings.data, args.root), _m1(args)
     if header:
         trainer = train.Trainer.resume(path, dataset, device)
-        made_on = getattr(trainer.model, "is_made_on", None)
-        if m1 is not None and made_on is not None and not made_on(m1):
+        model = trainer.model
+        if m1 is not None and not (isinstance(model, models.M1M2) and model.is_made_on(m1)):
             raise _UsageError(
                 f"--features {args.features} is not the M1 of the run in {args.out}; leave it out"
             )

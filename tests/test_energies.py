@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastvae import cli, energies
+from fastvae import energies
 from fastvae.cli import main
 
 POINTS = ((0.0, 0.0), (2.0, 0.0), (-1.3, 0.7), (1.1, -2.4))
@@ -72,5 +72,5 @@ def test_a_bad_place_is_said_before_anything_is_fitted(tmp_path, monkeypatch, ca
     monkeypatch.setattr(energies, "fit", lambda *args, **options: pytest.fail("it was fitted"))
     (tmp_path / "file").touch()
     for bad in (tmp_path, tmp_path / "file" / "x.png"):
-        assert cli.main(["energies", "--out", str(bad)]) == 2
+        assert main(["energies", "--out", str(bad)]) == 2
         assert str(tmp_path) in capsys.readouterr().err

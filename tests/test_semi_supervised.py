@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_evaluation import generator
+from chance import generator
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 

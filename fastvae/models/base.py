@@ -264,7 +264,11 @@ def check_option(model: str, name: str, value: object, known: Iterable[str]) -> 
 
 
 def owned(model: str, name: str, value: Any, owner: str, defaults: Mapping[str, Any]) -> Any:
-    """The value of an option that goes with some owners only; if nobody says, the owner's own."""
+    """The value of an option that goes with some owners only; if nobody says, the owner's own.
+
+    What has None for a default is no owner.
+    """
+    defaults = {key: default for key, default in defaults.items() if default is not None}
     if value is None:
         return defaults.get(owner)
     if owner not in defaults:

@@ -180,7 +180,8 @@ class M2(Styled):
         size = (self.labelled_batch,)
         pick = torch.randint(len(self.y), size, generator=generator, device=device)
         y = self.y[pick]
-        torch._assert_async((y >= 0).all(), "prepare must come before the objective: no labels yet")
+        name = type(self).__name__
+        torch._assert_async((y >= 0).all(), f"{name}: prepare must come before the objective")
         labelled = batch.images(self.rows[pick])
         f, known = self.features(batch.x, key=keys[0]), self.features(labelled, key=keys[1])
         other = self.unlabelled(f, key=keys[2], prune=self.prune).weighted(kl_weight)

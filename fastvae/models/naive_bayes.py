@@ -64,8 +64,7 @@ class NaiveBayes(Model):
         check_option("NaiveBayes", "objective", objective, OBJECTIVES)
         if min(data_dim, latent_dim) < 1:
             raise ValueError(f"NaiveBayes: sizes must be positive, got {data_dim} and {latent_dim}")
-        many = {name: k for name, k in OBJECTIVES.items() if k is not None}
-        num_samples = owned("NaiveBayes", "num_samples", num_samples, objective, many)
+        num_samples = owned("NaiveBayes", "num_samples", num_samples, objective, OBJECTIVES)
         temperature = owned("NaiveBayes", "temperature", temperature, objective, {"gumbel": 0.5})
         if objective == "score" and num_samples == 1:
             raise ValueError("NaiveBayes: num_samples of score must be at least 2, got 1")

@@ -179,10 +179,6 @@ class Correlated(Normal):
         with torch.autocast(z.device.type, enabled=False):
             return self.map(wide).distribution.log_prob(wide(z))
 
-    def entropy(self) -> Tensor:
-        with torch.autocast(self.mu.device.type, enabled=False):
-            return self.map(wide).distribution.entropy()
-
 
 @dataclass(frozen=True)
 class Full(Correlated):
@@ -193,6 +189,9 @@ class Full(Correlated):
         c = self.scale_tril
         triangle = c.tril(-1) + c.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
         return MultivariateNormal(self.mu, scale_tril=triangle, validate_args=False)
+
+    def entropy(self) -> Tensor:
+        return gaussian_entropy(2.0 * self.scale_tril.diagonal(dim1=-2, dim2=-1))
 
     def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
         return reparameterize_tril_kl(
@@ -210,6 +209,10 @@ class LowRank(Correlated):
         return LowRankMultivariateNormal(
             self.mu, self.factor, self.log_var.exp(), validate_args=False
         )
+
+    def entropy(self) -> Tensor:
+        with torch.autocast(self.mu.device.type, enabled=False):
+            return self.map(wide).distribution.entropy()
 
     def sample_kl(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
         return reparameterize_low_rank_kl(self.mu, self.log_var, self.factor, num_samples, key=key)

@@ -124,8 +124,7 @@ class SigmoidBelief(LatentVector):
             raise ValueError(
                 f"SigmoidBelief: sizes must be positive, got {data_dim}, {latent_dim} and {layers}"
             )
-        many = {name: k for name, k in OBJECTIVES.items() if k is not None}
-        num_samples = owned("SigmoidBelief", "num_samples", num_samples, objective, many)
+        num_samples = owned("SigmoidBelief", "num_samples", num_samples, objective, OBJECTIVES)
         if objective == "vimco" and num_samples == 1:
             raise ValueError("SigmoidBelief: num_samples of vimco must be at least 2, got 1")
         self.config["num_samples"] = num_samples

@@ -95,7 +95,7 @@ class VAE(LatentVector):
             raise ValueError(
                 f"{name}: posterior of vamp must be gaussian or a flow, got {posterior!r}"
             )
-        sizes = {key: one.size for key, one in POSTERIORS.items() if one.size is not None}
+        sizes = {key: one.size for key, one in POSTERIORS.items()}
         posterior_size = owned(name, "posterior_size", posterior_size, posterior, sizes)
         sizes = {key: one.size for key, one in PRIORS.items()}
         prior_size = owned(name, "prior_size", prior_size, prior, sizes)
