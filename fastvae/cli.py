@@ -349,7 +349,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     settings = Settings(**{k: v for k in _SETTINGS if (v := getattr(args, k)) is not None})
     device = _device(args.device or (header.device if header else None))
     if args.download:
-        if settings.data != "mnist":
+        if settings.data.removeprefix("gray_") != "mnist":
             raise _UsageError(f"--download fetches mnist only, not {settings.data}")
         print(f"mnist is in {data.download_mnist(args.root)}")
     dataset, m1 = data.load(settings.data, args.root), _m1(args)
@@ -573,7 +573,8 @@ def _info(args: argparse.Namespace, argv: list[str]) -> int:
     info = fastvae.build_info()
     torch_built = f" (built with {info['torch_built']})" if info["torch_built"] else ""
     root = data.data_root()
-    found = [name for name in data.DATASETS if name == "digits" or (root / name).is_dir()]
+    folder = {name: root / name.removeprefix("gray_") for name in data.DATASETS}
+    found = [name for name in data.DATASETS if name == "digits" or folder[name].is_dir()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU in sight"
     rows = [
         ("fastvae", f"{info['version']}, {'compiled' if info['compiled'] else 'not compiled'}"),

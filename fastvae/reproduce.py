@@ -80,6 +80,7 @@ class Recipe:
     importance_samples: int = 0
     annealed_images: int = 0
     classifier: str | None = None
+    classified: str | None = None
     num_labels: int | None = None
 
 
@@ -167,7 +168,8 @@ def run(
         training = {
             stage.name: done.how_far for stage, done in zip(row.stages, trained, strict=True)
         }
-        results.append({"seed": seed, **_score(row, trained[-1], seed), "training": training})
+        scores = _score(row, trained[-1], seed, root)
+        results.append({"seed": seed, **scores, "training": training})
         values = [one["value"] for one in results]
         record = {
             **asdict(row),
@@ -253,11 +255,13 @@ def _seconds(folder: Path) -> float:
     return float(path.read_text()) if path.exists() else 0.0
 
 
-def _score(row: Recipe, last: _Trained, seed: int) -> dict[str, Any]:
+def _score(row: Recipe, last: _Trained, seed: int, root: Path | None) -> dict[str, Any]:
     model, dataset = last.model, last.trainer.data
     if row.classifier is not None:
         assert row.num_labels is not None
         assert isinstance(model, models.VAE)
+        if row.classified is not None:
+            dataset = data.load(row.classified, root).to(last.trainer.device)
         error = evaluation.few_label_error(
             model, dataset, row.num_labels, row.classifier, seed=seed
         )

@@ -74,7 +74,8 @@ def test_root_is_the_argument_then_the_environment_then_the_cache(tmp_path, monk
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(data.DataError, match="digits, mnist, binarized_mnist, freyfaces"):
+    known = "digits, mnist, gray_mnist, binarized_mnist, freyfaces"
+    with pytest.raises(data.DataError, match=known):
         data.load("cifar")
 
 
@@ -124,6 +125,18 @@ def test_mnist_reads_idx_files(tmp_path, compress):
     sure = torch.from_numpy(images[MNIST[1]].reshape(4, 784))
     assert bool((mnist.test[sure == 0] == 0).all())
     assert bool((mnist.test[sure == 255] == 1).all())
+
+
+def test_gray_mnist_is_mnist_as_it_is(tmp_path):
+    images = write_mnist(tmp_path)
+    write_labels(tmp_path)
+    mnist, gray = (data.load(name, tmp_path) for name in ("mnist", "gray_mnist"))
+    assert gray.name == "gray_mnist"
+    assert torch.equal(gray.train, mnist.train)
+    assert torch.equal(gray.batch(torch.arange(3)), mnist.train[:3])
+    test = torch.from_numpy(images[MNIST[1]].reshape(4, 784)).float() / 255
+    assert torch.equal(gray.test, test)
+    assert all(torch.equal(a, b) for a, b in zip(gray.labels, mnist.labels, strict=True))
 
 
 LABELS = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
@@ -225,15 +238,16 @@ def test_mnist_refuses_a_damaged_file(tmp_path, name, case):
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("mnist", "train-images-idx3-ubyte.gz"),
-        ("binarized_mnist", "binarized_mnist_packed.npz"),
-        ("freyfaces", "freyfaces.npy"),
+        ("mnist", "mnist/train-images-idx3-ubyte.gz"),
+        ("gray_mnist", "mnist/train-images-idx3-ubyte.gz"),
+        ("binarized_mnist", "binarized_mnist/binarized_mnist_packed.npz"),
+        ("freyfaces", "freyfaces/freyfaces.npy"),
     ],
 )
 def test_missing_folder(tmp_path, name, file):
     text = message(name, tmp_path / "nowhere")
-    assert text.startswith(f"{tmp_path}/nowhere/{name}/{file} does not exist; set FASTVAE_DATA")
-    assert ("--download" in text) == (name == "mnist")
+    assert text.startswith(f"{tmp_path}/nowhere/{file} does not exist; set FASTVAE_DATA")
+    assert ("--download" in text) == file.startswith("mnist")
 
 
 def test_download_fetches_the_published_files_and_then_nothing(real, tmp_path):
@@ -407,6 +421,7 @@ def test_freyfaces_refuses_a_cut_file(tmp_path):
     ("name", "sizes", "dim", "mean"),
     [
         ("mnist", (50000, 10000, 10000), 784, 0.13),
+        ("gray_mnist", (50000, 10000, 10000), 784, 0.13),
         ("binarized_mnist", (50000, 10000, 10000), 784, 0.13),
         ("freyfaces", (1565, 200, 200), 560, 0.6),
     ],

@@ -45,6 +45,7 @@ def test_a_recipe_can_be_built(name):
         built[stage.name] = models.build(stage.model, {**own, **config})
     if recipe.classifier:
         assert recipe.classifier in evaluation.CLASSIFIERS
+    assert recipe.classified in (None, *data.DATASETS)
 
 
 def test_variants_have_the_labels_of_their_name():
@@ -216,6 +217,19 @@ def test_a_classifier_of_latents(tmp_path, classifier):
     assert 0 < record["ours"] < 50  # by chance: 90
 
 
+def test_the_images_that_are_classified_may_be_others(tmp_path, monkeypatch):
+    def blank(_):
+        digits = data.load("digits")
+        return dataclasses.replace(digits, name="blank", test=torch.zeros_like(digits.test))
+
+    monkeypatch.setitem(data.DATASETS, "blank", blank)
+    given = {"metric": "error", "num_labels": 100, "classifier": "linear"}
+    own = reproduce.run(row(**given), tmp_path)
+    others = reproduce.run(row(classified="blank", **given), tmp_path)
+    assert own["ours"] < 80 < others["ours"]
+    assert (own["classified"], others["classified"]) == (None, "blank")
+
+
 def test_labels_spread_along_what_is_connected(monkeypatch):
     """Of ten rings within each other, with two labels for each."""
     monkeypatch.setattr(evaluation, "posterior_means", lambda _, x: x)
@@ -276,4 +290,5 @@ def test_records_are_those_of_the_page(path):
     for stage, own in zip(record["stages"], recipe.stages, strict=True):
         assert (stage["config"], stage["settings"]) == (own.config, own.settings)
         assert stage.get("start") == own.start
+    assert record.get("classified") == recipe.classified
     assert torch.isfinite(torch.tensor(record["ours"]))
