@@ -144,6 +144,7 @@ class Trainer:
         self.step = self.epoch = self.batch = self.best_epoch = 0
         self.best: float | None = None
         self.order = torch.empty(0, dtype=torch.int64)
+        self._ready = False  # to take steps: the model's weights may still change
 
     def begin_with(self, model: models.Model) -> None:
         """Take the weights of another before the first step; what it lacks, as a flow, stays.
@@ -184,6 +185,9 @@ class Trainer:
         Raises:
             TrainingDiverged: if the loss is NaN or infinite; the weights are as before the step.
         """
+        if not self._ready:
+            self.model.before_steps(self.data)
+            self._ready = True
         if self.batch == 0:
             self.order = torch.randperm(
                 len(self.data.train), generator=self.generator, device=self.device

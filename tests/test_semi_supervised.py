@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -194,7 +195,7 @@ def test_the_density_sums_to_one():
 def test_m1_is_not_learnt_and_lends_its_latents():
     model, x = m1m2(posterior="full"), images()
     assert not any(p.requires_grad for p in model.base.parameters())
-    f = model.features(x, key=fastvae.random.key(1))
+    f = model.features(x, torch.arange(6), key=fastvae.random.key(1))
     assert f.shape == (6, 4)
     torch.testing.assert_close(f, model.base.posterior(x).draw(key=fastvae.random.key(1))[0])
     assert model.classify(x).shape == (6, C)
@@ -279,12 +280,47 @@ def test_m1_may_have_a_posterior_of_parts():
     model, x = m1m2(posterior="mixture", posterior_size=C), images(1)
     with torch.no_grad():
         model.base.encoder[-1].bias[8::9] += torch.tensor([0.0, 1.0, 2.0])
-    f = model.features(x.expand(20_000, -1), key=fastvae.random.key(0))
+    many = x.expand(20_000, -1)
+    f = model.features(many, torch.arange(20_000), key=fastvae.random.key(0))
     q = model.base.posterior(x)
     torch.testing.assert_close(f.mean(0), q.mean[0], rtol=0, atol=0.03)
     second = q.average(q.mu**2 + q.log_var.exp())[0]
     torch.testing.assert_close((f**2).mean(0), second, rtol=0, atol=0.06)
     assert model.elbo(x, generator=generator()).elbo.shape == (1,)
+
+
+def test_images_that_never_change_are_encoded_once():
+    """And are drawn anew each time all the same; others, and mixtures, are encoded each time."""
+    model, made, rows = m1m2(), dataset(1500), torch.tensor([1300, 5, 5])
+    key = fastvae.random.key(1)
+    expected = model.features(made.train[rows], rows, key=key)
+    model.before_steps(dataclasses.replace(made, noise="bernoulli"))
+    assert model.encoded is None
+    model.before_steps(made)
+    assert not model.encoded.mu.requires_grad
+    seen = torch.full((3, D), torch.nan)  # nothing is made of these
+    torch.testing.assert_close(model.features(seen, rows, key=key), expected)
+    assert not torch.equal(model.features(seen, rows, key=fastvae.random.key(2)), expected)
+    assert "encoded" not in "".join(model.state_dict())
+    mixture = m1m2(posterior="mixture", posterior_size=2)
+    mixture.before_steps(made)
+    assert mixture.encoded is None
+
+
+def test_a_resumed_m1m2_encodes_by_the_weights_it_was_stored_with(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    fixed = dataclasses.replace(data.load("digits"), noise="none")
+    m1 = models.VAE(64, latent_dim=3, hidden=(8,))
+    config = {"num_labels": 50, "latent_dim": 2, "hidden": (8,)}
+    trainer = train.Trainer("m1m2", config, fixed, checkpoint.Settings(ema=0.9), m1=m1)
+    trainer.train_step()
+    trainer.save(tmp_path / "checkpoint")
+    resumed = train.Trainer.resume(tmp_path / "checkpoint", fixed)
+    assert resumed.train_step() == trainer.train_step()
+    mu, log_var = m1.encode(fixed.train)
+    torch.testing.assert_close(resumed.model.encoded.mu, mu)
+    torch.testing.assert_close(resumed.model.encoded.log_var, log_var)
+    assert resumed.average.encoded is None  # which takes no steps
 
 
 def test_trains_from_the_command_line_alone_and_on_m1(tmp_path, monkeypatch, capsys):

@@ -107,6 +107,9 @@ class Model(nn.Module, ABC):
     def prepare(self, data: Dataset, generator: Generator) -> None:
         """What a model wants of its data before training: nothing, mostly."""
 
+    def before_steps(self, data: Dataset) -> None:
+        """What it makes of them once its weights, new or resumed, are in place: nothing, mostly."""
+
     def classify(self, x: Tensor) -> Tensor | None:
         """Logits of the classes of x, ``[B, C]``, if the model has learnt any."""
         return None

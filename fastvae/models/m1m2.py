@@ -9,7 +9,7 @@ Generative Models", NeurIPS 2014.
     \log p(x) \ge E_{q(z_1|x)}[\log p(x|z_1) - \log q(z_1|x) + \mathcal U(z_1)]
 
 p(x | z_1) and q(z_1 | x) are M1's, and stay as they are; p(z_1 | y, z_2) is Gaussian; U is M2's
-bound. Every step draws z_1 anew.
+bound. Every step draws z_1 anew, of a q(z_1 | x) that is computed once where x is always the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import torch
 from torch import Generator, Tensor
 
 from .. import random
+from ..data import Dataset
 from ..estimators import Elbo
 from ..estimators.evidence import standard_log_prob
 from ..functional import gaussian_log_prob, log_mean_exp, reparameterize
 from .base import Likelihood, configured
 from .m2 import M2
-from .posterior import LogProb, Mixture, Posterior
+from .posterior import Gaussian, LogProb, Mixture, Posterior
 from .vae import VAE
 
 __all__ = ["M1M2"]
@@ -101,6 +102,7 @@ class M1M2(M2):
         super().__init__(m1.latent_dim, dataset_size, likelihood="gaussian", **others)
         self.base = m1.requires_grad_(False)
         self.likelihood = _LATENTS
+        self.encoded: Gaussian | None = None  # all training images, if that is once for all
         self.latent_dim = m1.latent_dim + self.style_dim
 
     def is_made_on(self, m1: VAE) -> bool:
@@ -118,9 +120,19 @@ class M1M2(M2):
         z_1, z_2 = z.tensor_split([self.base.latent_dim], -1)
         return z_1, z_2
 
-    def features(self, x: Tensor, *, key: Tensor) -> Tensor:
+    @torch.no_grad()
+    def before_steps(self, data: Dataset) -> None:
+        """Encodes images that are always the same once for all, where q(z_1 | x) is Gaussian."""
+        if data.noise == "none" and self.base.config["posterior"] == "gaussian":
+            dtype = next(self.base.parameters()).dtype
+            parts = [self.base.encode(x.to(dtype)) for x in data.train.split(1000)]
+            self.encoded = Gaussian(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def features(self, x: Tensor, rows: Tensor, *, key: Tensor) -> Tensor:
         """A sample of q(z_1 | x)."""
-        return self.base.posterior(x).draw(key=key)[0]
+        if self.encoded is None:
+            return self.base.posterior(x).draw(key=key)[0]
+        return self.encoded.map(lambda t: t[rows]).draw(key=key)[0]
 
     def likely_features(self, x: Tensor) -> Tensor:
         """The mean of q(z_1 | x)."""

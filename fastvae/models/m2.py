@@ -119,8 +119,8 @@ class M2(Styled):
         self.rows.copy_(rows)
         self.y.copy_(y)
 
-    def features(self, x: Tensor, *, key: Tensor) -> Tensor:
-        """What the classes and styles are of: x."""
+    def features(self, x: Tensor, rows: Tensor, *, key: Tensor) -> Tensor:
+        """What the classes and styles are of ``rows`` of the training images, which are x: x."""
         return x
 
     def likely_features(self, x: Tensor) -> Tensor:
@@ -179,11 +179,11 @@ class M2(Styled):
         keys = [random.from_generator(generator, device) for _ in range(4)]
         size = (self.labelled_batch,)
         pick = torch.randint(len(self.y), size, generator=generator, device=device)
-        y = self.y[pick]
+        y, rows = self.y[pick], self.rows[pick]
         name = type(self).__name__
         torch._assert_async((y >= 0).all(), f"{name}: prepare must come before the objective")
-        labelled = batch.images(self.rows[pick])
-        f, known = self.features(batch.x, key=keys[0]), self.features(labelled, key=keys[1])
+        f = self.features(batch.x, batch.rows, key=keys[0])
+        known = self.features(batch.images(rows), rows, key=keys[1])
         other = self.unlabelled(f, key=keys[2], prune=self.prune).weighted(kl_weight)
         bound = self.class_bound(known, y, key=keys[3]).weighted(kl_weight)
         log_q = self.classifier(known).log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
