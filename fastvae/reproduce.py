@@ -257,11 +257,11 @@ def _seconds(folder: Path) -> float:
 
 def _score(row: Recipe, last: _Trained, seed: int, root: Path | None) -> dict[str, Any]:
     model, dataset = last.model, last.trainer.data
+    if row.classified is not None:
+        dataset = data.load(row.classified, root).to(last.trainer.device)
     if row.classifier is not None:
         assert row.num_labels is not None
         assert isinstance(model, models.VAE)
-        if row.classified is not None:
-            dataset = data.load(row.classified, root).to(last.trainer.device)
         error = evaluation.few_label_error(
             model, dataset, row.num_labels, row.classifier, seed=seed
         )

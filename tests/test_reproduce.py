@@ -217,15 +217,22 @@ def test_a_classifier_of_latents(tmp_path, classifier):
     assert 0 < record["ours"] < 50  # by chance: 90
 
 
-def test_the_images_that_are_classified_may_be_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"classifier": "linear"},
+        {"stages": (Stage("m2", "m2", 2, {**M2, "alpha": 10.0}, {"data": "digits"}, "made"),)},
+    ],
+    ids=["of latents", "of the model"],
+)
+def test_the_images_that_are_classified_may_be_others(tmp_path, monkeypatch, given):
     def blank(_):
         digits = data.load("digits")
         return dataclasses.replace(digits, name="blank", test=torch.zeros_like(digits.test))
 
     monkeypatch.setitem(data.DATASETS, "blank", blank)
-    given = {"metric": "error", "num_labels": 100, "classifier": "linear"}
-    own = reproduce.run(row(**given), tmp_path)
-    others = reproduce.run(row(classified="blank", **given), tmp_path)
+    given = {"metric": "error", "num_labels": 100, **given}
+    own, others = (reproduce.run(row(classified=c, **given), tmp_path) for c in (None, "blank"))
     assert own["ours"] < 80 < others["ours"]
     assert (own["classified"], others["classified"]) == (None, "blank")
 
