@@ -349,7 +349,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     settings = Settings(**{k: v for k in _SETTINGS if (v := getattr(args, k)) is not None})
     device = _device(args.device or (header.device if header else None))
     if args.download:
-        if settings.data.removeprefix("gray_") != "mnist":
+        if data.folder(settings.data) != data.folder("mnist"):
             raise _UsageError(f"--download fetches mnist only, not {settings.data}")
         print(f"mnist is in {data.download_mnist(args.root)}")
     dataset, m1 = data.load(settings.data, args.root), _m1(args)
@@ -528,7 +528,7 @@ def _demo(args: argparse.Namespace, argv: list[str]) -> int:
     path = args.out / _CHECKPOINT
     if path.exists() and args.out != _DEMO:
         raise _UsageError(f"{path} exists; pass another --out")
-    there = (data.data_root(args.root) / "binarized_mnist").is_dir()
+    there = data.folder("binarized_mnist", args.root).is_dir()
     dataset = data.load("binarized_mnist" if there else "digits", args.root)
     trainer = train.Trainer("vae", {}, dataset, Settings(data=dataset.name))
     epochs = None if there else 300
@@ -573,8 +573,7 @@ def _info(args: argparse.Namespace, argv: list[str]) -> int:
     info = fastvae.build_info()
     torch_built = f" (built with {info['torch_built']})" if info["torch_built"] else ""
     root = data.data_root()
-    folder = {name: root / name.removeprefix("gray_") for name in data.DATASETS}
-    found = [name for name in data.DATASETS if name == "digits" or folder[name].is_dir()]
+    found = [name for name in data.DATASETS if name == "digits" or data.folder(name).is_dir()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU in sight"
     rows = [
         ("fastvae", f"{info['version']}, {'compiled' if info['compiled'] else 'not compiled'}"),

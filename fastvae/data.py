@@ -61,6 +61,7 @@ __all__ = [
     "balanced_labels",
     "data_root",
     "download_mnist",
+    "folder",
     "load",
 ]
 
@@ -142,6 +143,15 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
             raise DataError(f"{given} is of nobody ({error}); set FASTVAE_DATA or --root") from None
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "fastvae"
+
+
+def folder(name: str, root: str | os.PathLike[str] | None = None) -> Path:
+    """Where the files of the data set ``name`` lie.
+
+    >>> fastvae.data.folder("gray_mnist", "data")
+    PosixPath('data/mnist')
+    """
+    return data_root(root) / name.removeprefix("gray_")
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
