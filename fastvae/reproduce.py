@@ -61,7 +61,12 @@ class _Trained:
     @property
     def how_far(self) -> dict[str, Any]:
         best = self.trainer.best_epoch or None
-        own = {"epochs": self.trainer.epoch, "best_epoch": best, "seconds": self.seconds}
+        own = {
+            "epochs": self.trainer.epoch,
+            "best_epoch": best,
+            "seconds": self.seconds,
+            "precision": self.trainer.settings.precision,
+        }
         return own | ({"of": self.begun} if self.begun else {})
 
 
@@ -144,7 +149,8 @@ def run(
             leaves untrained is not scored.
         epochs: of every stage, in place of the recipe's: the record says so.
         precision: of the networks in training. Like the device, what is fast here decides it, not
-            the recipe; the record says what it was.
+            the recipe; the record says what it was. A stage that is trained already may have had
+            another.
 
     Returns:
         The record; None if Ctrl-C stopped it.
@@ -212,16 +218,18 @@ def _train(
         m1 = trained[stage.features].model if stage.features else None
         assert m1 is None or isinstance(m1, models.VAE)
         trainer = train.Trainer(stage.model, config, dataset, settings, device, m1)
+        last, took = stage.epochs if epochs is None else epochs, 0.0
         if path.exists():
             wanted = trainer.header.course
             trainer = train.Trainer.resume(path, dataset, device)
+            if trainer.epoch >= last or trainer.exhausted:
+                wanted |= {"precision": trainer.settings.precision}
             _check_same(trainer.header, wanted, path)
         else:
             if stage.start:
                 trainer.begin_with(trained[stage.start].model)
             of = {name: trained[name].how_far for name in (stage.features, stage.start) if name}
             files.write_atomically(begun, json.dumps(of).encode())
-        last, took = stage.epochs if epochs is None else epochs, 0.0
         if trainer.epoch < last and left > 0 and not trainer.exhausted:
             before, start = _seconds(folder), time.monotonic()
             minutes = None if math.isinf(left) else left / 60
@@ -240,7 +248,7 @@ def _train(
 
 
 def _check_same(header: Header, wanted: dict[str, Any], path: Path) -> None:
-    """A run that goes on must be one of the recipe, in the same precision."""
+    """A run that goes on must be one of the recipe."""
     wanted = dict.fromkeys(header.course) | wanted
     if name := header.differs(wanted):
         raise CheckpointError(

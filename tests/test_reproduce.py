@@ -194,8 +194,12 @@ def test_a_run_goes_on_by_its_recipe_only_and_says_what_it_was_made_of(tmp_path)
     trained = record["seeds"][0]["training"]
     assert trained["vae"]["epochs"] == 2
     assert trained["more"]["of"]["vae"]["epochs"] == 1  # as it was then
+    third = Stage("half", "vae", 1, VAE, {"data": "digits"}, "half", start="vae")
+    record = reproduce.run(row(stages=(first, third)), tmp_path, precision="bfloat16")
+    trained = record["seeds"][0]["training"]
+    assert [trained[name]["precision"] for name in ("vae", "half")] == ["float32", "bfloat16"]
     with pytest.raises(CheckpointError, match="precision 'float32', this run has 'bfloat16'"):
-        reproduce.run(row(stages=(first,)), tmp_path, precision="bfloat16")
+        reproduce.run(row(stages=(first,)), tmp_path, epochs=3, precision="bfloat16")
     for change in (
         {"config": {**VAE, "latent_dim": 5}},
         {"config": {**VAE, "posterior": "planar"}},  # of which the first says nothing
