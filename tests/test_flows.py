@@ -169,6 +169,17 @@ def test_a_context_conditions_the_density():
             flow.log_prob(x, wrong)
 
 
+def test_a_context_that_nothing_takes_is_refused():
+    flow, context = flows.realnvp(2, length=2), torch.zeros(4, 3)
+    for call in (
+        lambda: flow.log_prob(torch.zeros(4, 2), context),
+        lambda: flow.sample(3, context),
+    ):
+        message = r"Flow: context must be None where no transform has a context_dim, got \[4, 3\]"
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_splines_and_residual_steps_start_as_the_identity():
     z, context = torch.randn(9, 4), 100.0 * torch.randn(9, 5)
     residual = [kind(4, 3, size) for kind in (flows.Planar, flows.Radial) for size in (0, 5)]
@@ -188,6 +199,8 @@ def test_actnorm_takes_the_measure_of_its_first_batch_once(inverse):
     step = norm.inverse_and_log_det if inverse else norm.forward_and_log_det
     assert torch.equal(step(rows)[0], rows)  # not in evaluation
     norm.train()
+    assert torch.equal(step(rows[0])[0], rows[0])  # nor by a row, which has no variance
+    assert torch.equal(step(rows[:1])[0], rows[:1])
     out, _ = step(rows)
     torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-5, rtol=0.0)
     torch.testing.assert_close(out.std(0, unbiased=False), torch.ones(3), atol=1e-5, rtol=0.0)

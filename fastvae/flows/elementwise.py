@@ -14,8 +14,8 @@ __all__ = ["ActNorm", "BatchNorm", "Permutation"]
 class ActNorm(TwoWay):
     r"""A scale and a shift for each column, :math:`x = e^s z + t`.
 
-    The first batch that it meets in training, in either direction, sets them so that what comes out
-    has mean 0 and variance 1 (Kingma & Dhariwal, "Glow", NeurIPS 2018).
+    The first batch of two rows or more that it meets in training, in either direction, sets them so
+    that what comes out has mean 0 and variance 1 (Kingma & Dhariwal, "Glow", NeurIPS 2018).
 
     >>> norm = fastvae.flows.ActNorm(3)
     >>> z, _ = norm.inverse_and_log_det(5.0 + 2.0 * torch.randn(1000, 3))
@@ -36,9 +36,9 @@ class ActNorm(TwoWay):
 
     @torch.no_grad()
     def _set(self, rows: Tensor, inverse: bool) -> None:
-        if self.is_set or not self.training or rows.numel() == 0:
+        rows = rows.reshape(-1, self.dim)
+        if self.is_set or not self.training or len(rows) < 2:  # one row has no variance
             return
-        rows = rows.flatten(end_dim=-2) if rows.dim() > 1 else rows.unsqueeze(0)
         mean, deviation = rows.mean(0), rows.std(0, unbiased=False).clamp(min=1e-6)
         self.log_scale.copy_(deviation.log() if inverse else -deviation.log())
         self.shift.copy_(mean if inverse else -mean / deviation)

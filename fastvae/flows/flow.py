@@ -96,6 +96,9 @@ class Flow(Chain):
         transforms: from noise to data, in that order. A ``context``, ``[..., C]``, is handed to
             each of them.
 
+    Raises:
+        ValueError: of a context, where no transform has a ``context_dim``.
+
     >>> flow = fastvae.flows.realnvp(2, length=4)
     >>> loss = -flow.log_prob(torch.randn(16, 2)).mean()
     >>> loss.backward()
@@ -107,8 +110,18 @@ class Flow(Chain):
         super().__init__(transforms)
         self.base = base
 
+    def _check(self, context: Tensor | None) -> None:
+        if context is None:
+            return
+        if not any(isinstance(one, Transform) and one.context_dim for one in self.modules()):
+            raise ValueError(
+                f"{type(self).__name__}: context must be None where no transform has a "
+                f"context_dim, got {list(context.shape)}"
+            )
+
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Nats per row, ``[...]``, of ``x``, ``[..., D]`` (or as transforms make of such rows)."""
+        self._check(context)
         z, log_det = self.inverse_and_log_det(x, context)
         return self.base.log_prob(z) + log_det  # type: ignore[no-any-return]
 
@@ -117,6 +130,7 @@ class Flow(Chain):
     ) -> tuple[Tensor, Tensor]:
         """Samples, ``[*shape, D]``, and their log-density, in one pass, with gradients to all
         parameters. With a ``context``, ``[..., C]``: ``[*shape, ..., D]``."""
+        self._check(context)
         leading = (shape,) if isinstance(shape, int) else tuple(shape)
         if context is not None:
             leading += context.shape[:-1]
