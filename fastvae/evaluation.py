@@ -25,6 +25,7 @@ from .estimators.evidence import standard_log_prob
 from .extras import require
 from .functional import log_mean_exp
 from .models import LatentVector
+from .models.base import check_positive
 from .models.local import refine
 from .models.posterior import Dense, Gaussian, LogProb
 
@@ -94,7 +95,8 @@ def inference_gaps(
         num_samples: for both bounds and for log p(x).
 
     Raises:
-        ValueError: if the posterior is none that :func:`refine` can take.
+        ValueError: if the posterior is none that :func:`refine` can take, or ``num_samples`` is not
+            positive.
 
     Paper: Cremer, Li & Duvenaud, "Inference Suboptimality in Variational Autoencoders", ICML 2018.
 
@@ -103,6 +105,7 @@ def inference_gaps(
     >>> gaps.amortization_gap > 0
     True
     """
+    check_positive("inference_gaps", num_samples=num_samples)
     q = model.posterior(x)
     if not isinstance(q, Gaussian):
         kind = model.config.get("posterior", type(q).__name__.lower())
@@ -165,6 +168,7 @@ def bidirectional(
     >>> model = fastvae.models.VAE(12, latent_dim=3)
     >>> lower, upper = fastvae.evaluation.bidirectional(model, 5, steps=20)
     """
+    check_positive("bidirectional", n=n)
     z = model.sample_prior(n, generator=generator)
     x = model.draw_given(z, generator=generator)
     anneal, start = _chains(model, x, steps, chains, generator)
@@ -184,22 +188,21 @@ def _chains(
     q, log_joint = model.posterior(x), model.log_joint(x)
     if isinstance(q, Gaussian):
         q = refine(model, x, q, 100, key=random.fold_in(key, 0))
-    scale = None
-    if not model.bits:
-        scale = q.draw(max(64, q.together), key=random.fold_in(key, 1))[0].std(0)
     if isinstance(q, Dense):
         log_start: LogProb = q.log_prob
         z = q.sample(chains, key=random.fold_in(key, 2))
+        some = q.sample(64, key=random.fold_in(key, 1))
     else:
         log_start = model.log_prior or standard_log_prob
         z = model.sample_prior(chains * len(x), generator=generator).unflatten(0, (chains, -1))
+        some, _ = q.draw(64, key=random.fold_in(key, 1))
     anneal = functools.partial(
         annealed_importance_sampling,
         lambda z: torch.add(*log_joint(z)),
         log_start,
         num_steps=steps,
         bits=model.bits,
-        scale=scale,
+        scale=None if model.bits else some.std(0),
         generator=generator,
     )
     return anneal, z
@@ -253,9 +256,7 @@ def calibration(
     >>> list(fastvae.evaluation.calibration(model, n=10, num_samples=20))
     [0.5, 0.8, 0.95]
     """
-    for what, value in (("n", n), ("num_samples", num_samples)):
-        if value < 1:
-            raise ValueError(f"calibration: {what} must be positive, got {value}")
+    check_positive("calibration", n=n, num_samples=num_samples)
     if not all(0.0 < level < 1.0 for level in levels):
         raise ValueError(f"calibration: levels must be in (0, 1), got {list(levels)}")
     z = model.sample_prior(n, generator=generator)

@@ -138,6 +138,36 @@ def test_intervals_of_nothing_are_refused(options, message):
         evaluation.calibration(Linear(), **options)
 
 
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: evaluation.inference_gaps(Linear(), images(), num_samples=0),
+         "inference_gaps: num_samples must be positive, got 0"),
+        (lambda: evaluation.bidirectional(Linear(), 0), "bidirectional: n must be positive, got 0"),
+    ],
+    ids=["gaps", "bidirectional"],
+)  # fmt: skip
+def test_means_of_nothing_are_refused(refused, message):
+    with pytest.raises(ValueError, match=message):
+        refused()
+
+
+def test_annealing_begins_with_a_mixture_where_q_is_one():
+    """Of a q that is the posterior, chains have nothing to go; of the prior, a long way."""
+    model, x = models.VAE(D, L, hidden=(), posterior="mixture", posterior_size=2), images()
+    with torch.no_grad():  # both components are N(0, 0.1 I), and so is the posterior
+        for parameter in model.parameters():
+            parameter.zero_()
+        weights = model.encoder[0].bias.view(2, 2 * L + 1)
+        weights[:, L:-1] = math.log(0.1)
+        weights[0, -1] = 3.0
+    precision = 1 / 0.1 - 1.0
+    model.log_p_x_given = lambda _: lambda z: -0.5 * precision * z.square().sum(-1)
+    found = evaluation.annealed_log_likelihood(model, x, 2, 2, generator=generator())
+    known = torch.full((len(x),), 0.5 * L * math.log(0.1))
+    torch.testing.assert_close(found, known, rtol=0, atol=1e-6)
+
+
 def test_intervals_of_a_mixture_count_its_weights():
     model = models.VAE(D, L, hidden=(), posterior="mixture", posterior_size=2)
     with torch.no_grad():  # nothing is said of x; q and p are N(0, I), of halves that differ

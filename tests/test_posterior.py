@@ -89,6 +89,9 @@ def test_draws_have_the_moments(posterior):
         torch.testing.assert_close(mean, exact.mean, rtol=0, atol=0.02)
         square = (weight.unsqueeze(-1) * (z - mean).square()).mean(0)
         torch.testing.assert_close(square, exact.variance, rtol=0.03, atol=0.01)
+        z = q.sample(200_000, key=key())  # each counts alike
+        torch.testing.assert_close(z.mean(0), exact.mean, rtol=0, atol=0.02)
+        torch.testing.assert_close(z.var(0), exact.variance, rtol=0.03, atol=0.01)
 
 
 @pytest.mark.parametrize("posterior", DENSE)

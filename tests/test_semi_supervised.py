@@ -218,6 +218,9 @@ def test_pictures(make):
     torch.testing.assert_close(styles[4:5], middle)
     with pytest.raises(ValueError, match="latent_dim must be 2 for styles, got 3"):
         m2(latent_dim=3).styles(0)
+    for none in (-1, model.classes):
+        with pytest.raises(ValueError, match=f"y must be a class, 0 to .*, got {none}"):
+            model.styles(none)
 
 
 def test_few_labels_teach_what_many_images_know():

@@ -158,9 +158,7 @@ class Model(nn.Module, ABC):
         >>> model.log_likelihood(torch.rand(16, 784), num_samples=64).shape
         torch.Size([16])
         """
-        for what, value in (("num_samples", num_samples), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: {what} must be positive, got {value}")
+        check_positive(type(self).__name__, num_samples=num_samples, chunk=chunk)
         weights = self.log_weights(x, num_samples, chunk, generator=generator)
         return streaming_log_mean_exp(weights)
 
@@ -264,6 +262,12 @@ def check_option(model: str, name: str, value: object, known: Iterable[str]) -> 
     if value not in known:
         rule = f"one of {', '.join(known)}" if len(known) > 1 else known[0]
         raise ValueError(f"{model}: {name} must be {rule}, got {value!r}")
+
+
+def check_positive(who: str, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{who}: {name} must be positive, got {value}")
 
 
 def owned(model: str, name: str, value: Any, owner: str, defaults: Mapping[str, Any]) -> Any:

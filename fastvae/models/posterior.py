@@ -219,10 +219,10 @@ class LowRank(Correlated):
 
 
 @dataclass(frozen=True)
-class Mixture(Posterior):
+class Mixture(Dense):
     """Components lead: ``mu`` and ``log_var`` are ``[M, B, D]``, ``log_pi`` is ``[M, B]``.
 
-    It is not known which component a sample came from, so every one of them gives as many.
+    Which component a sample is of has no gradient, so :meth:`draw` takes as many of every one.
     """
 
     log_var: Tensor
@@ -244,6 +244,15 @@ class Mixture(Posterior):
         pairs = gaussian_log_prob(z.unsqueeze(-3), self.mu, self.log_var)
         return (pairs + self.log_pi).logsumexp(-2)
 
+    def sample(self, num_samples: int | None = None, *, key: Tensor) -> Tensor:
+        """``z``, each of a component by chance."""
+        shape = (num_samples or 1, *self.log_pi.shape)
+        noise = random.gumbel(random.fold_in(key, 0), shape, self.log_pi.dtype)
+        chosen = (self.log_pi + noise).argmax(1)[..., None].expand(-1, *self.mu.shape[1:])
+        mu, log_var = (p.gather(0, chosen) for p in (self.mu, self.log_var))
+        z = reparameterize(mu, log_var, key=key)
+        return z.squeeze(0) if num_samples is None else z
+
     def draw(self, num_samples: int | None = None, *, key: Tensor) -> tuple[Tensor, Tensor]:
         """One of a component by chance; or at least ``num_samples``, as many of each component.
 
@@ -251,11 +260,7 @@ class Mixture(Posterior):
         should.
         """
         if num_samples is None:
-            noise = random.gumbel(random.fold_in(key, 0), self.log_pi.shape, self.log_pi.dtype)
-            chosen = (self.log_pi + noise).argmax(0)[None, ..., None].expand(1, *self.mu.shape[1:])
-            mu, log_var = (p.gather(0, chosen).squeeze(0) for p in (self.mu, self.log_var))
-            z = reparameterize(mu, log_var, key=key)
-            return z, self.log_prob(z)
+            return super().draw(key=key)
         each = math.ceil(num_samples / self.together)
         z = reparameterize(self.mu, self.log_var, each, key=key)  # [S, M, B, D]
         log_q = self.log_prob(z) - self.log_pi - math.log(self.together)

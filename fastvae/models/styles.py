@@ -115,10 +115,17 @@ class Styled(LatentVector):
         """Images of a class over a grid of z, which must be of 2 dimensions, ``[side^2, D]``.
 
         At the quantiles of p(z), as in the paper.
+
+        Raises:
+            ValueError: if z is of other dimensions, or there is no such class.
         """
         if self.style_dim != 2:
             raise ValueError(
                 f"{type(self).__name__}: latent_dim must be 2 for styles, got {self.style_dim}"
+            )
+        if not 0 <= y < self.classes:
+            raise ValueError(
+                f"{type(self).__name__}: y must be a class, 0 to {self.classes - 1}, got {y}"
             )
         like = next(self.parameters())
         along = torch.linspace(0.05, 0.95, side, dtype=like.dtype, device=like.device)
