@@ -19,8 +19,18 @@ from torch import Tensor
 from . import files, models
 from .extras import require
 
-__all__ = ["Checkpoint", "CheckpointError", "Header", "Settings", "read", "read_model", "write"]
+__all__ = [
+    "PRECISIONS",
+    "Checkpoint",
+    "CheckpointError",
+    "Header",
+    "Settings",
+    "read",
+    "read_model",
+    "write",
+]
 
+PRECISIONS = ("float32", "bfloat16")
 _FORMAT = 1
 
 
@@ -30,7 +40,11 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the course of a run; a resumed run keeps them."""
+    """What decides the course of a run; a resumed run keeps them.
+
+    Raises:
+        ValueError: if one of them says nothing that a run could do.
+    """
 
     data: str = "digits"
     batch_size: int = 100
@@ -41,6 +55,20 @@ class Settings:
     ema: float = 0.0  # decay per step of the weights' moving average, which is scored; 0: none
     precision: str = "float32"  # of the networks in training: or bfloat16, by torch.autocast
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        clip = self.clip_norm
+        for name, good, rule in (
+            ("batch_size", self.batch_size >= 1, "positive"),
+            ("lr", self.lr > 0, "positive"),
+            ("clip_norm", clip is None or clip > 0, "positive, or None"),
+            ("warmup", self.warmup >= 0, "at least 0"),
+            ("patience", self.patience >= 0, "at least 0"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+            ("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

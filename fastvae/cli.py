@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--precision",
-        choices=train.PRECISIONS,
+        choices=checkpoint.PRECISIONS,
         help="of the networks in training; bfloat16 is faster where the processor has it; "
         "default: float32",
     )
@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=_positive, metavar="X", help="of training in this call")
     add(
         "--precision",
-        choices=train.PRECISIONS,
+        choices=checkpoint.PRECISIONS,
         default="float32",
         help="of the networks in training; default: float32",
     )

@@ -156,9 +156,12 @@ def run(
         The record; None if Ctrl-C stopped it.
 
     Raises:
+        ValueError: if ``seeds`` is not positive.
         CheckpointError: if ``out`` holds a run of another recipe.
         TrainingDiverged: if a loss is NaN or infinite.
     """
+    if seeds < 1:
+        raise ValueError(f"reproduce: seeds must be positive, got {seeds}")
     path = out / f"record-{row.name}.json"
     left = math.inf if minutes is None else 60 * minutes
     results: list[dict[str, Any]] = []

@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 BEST = "best.safetensors"  # beside a checkpoint: the one of the best epoch
-PRECISIONS = ("float32", "bfloat16")
 _EVALUATION_SEED = 20140416
 _CHECKPOINT_SECONDS = 30.0
 
@@ -103,12 +102,6 @@ class Trainer:
         device: torch.device | str = "cpu",
         m1: models.VAE | None = None,
     ) -> None:
-        if settings.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {settings.precision!r}"
-            )
-        if not 0 <= settings.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {settings.ema}")
         self.name, self.settings = model, settings
         self.device = torch.device(device)
         if settings.precision == "bfloat16" and not _multiplies_bfloat16(self.device):
@@ -182,12 +175,16 @@ class Trainer:
     def train_step(self) -> tuple[float, float, float]:
         """One step of Adam; returns the means of the minibatch's objective and of its terms.
 
+        The terms are those of the ELBO, whatever the objective.
+
         Raises:
             TrainingDiverged: if the loss is NaN or infinite; the weights are as before the step.
         """
         if not self._ready:
             self.model.before_steps(self.data)
             self._ready = True
+        if not self.model.training:  # but evaluated since
+            self.model.train()
         if self.batch == 0:
             self.order = torch.randperm(
                 len(self.data.train), generator=self.generator, device=self.device
@@ -238,11 +235,14 @@ class Trainer:
     def validate(self) -> bool:
         """Score the model on the validation images; returns whether it never did better.
 
-        The score is log p(x) by as many importance samples as training has (one: the ELBO), with
-        noise of a fixed seed, so that it is what is maximised, less overfitting.
+        The score is the ELBO, or, where training has several samples, log p(x) by as many, with
+        noise of a fixed seed: the bound that is maximised, but for the weights of its terms.
         """
         num_samples = self.model.config.get("num_samples") or 1
-        score = _mean_log_likelihood(self.average, self.data.valid, num_samples, quiet=True)
+        if num_samples == 1:
+            score, _, _ = _mean_elbo(self.average, self.data.valid)
+        else:
+            score = _mean_log_likelihood(self.average, self.data.valid, num_samples, quiet=True)
         if not score > (-math.inf if self.best is None else self.best):  # as no NaN is
             return False
         self.best, self.best_epoch = score, self.epoch
@@ -423,7 +423,7 @@ def fit(
             batch_size = trainer.settings.batch_size
             count = min(batch_size, size - trainer.batch * batch_size)  # the last batch is smaller
             _, recon, kl = trainer.train_step()
-            elbo_sum += count * (recon - kl)  # whatever is maximised, as of the validation images
+            elbo_sum += count * (recon - kl)  # as of the validation images, whatever is maximised
             kl_sum, seen = kl_sum + count * kl, seen + count
             means = f"ELBO {elbo_sum / seen:.2f}, KL {kl_sum / seen:.2f}"
             bar.set_description(f"epoch {trainer.epoch + (trainer.batch > 0)}", refresh=False)

@@ -98,6 +98,11 @@ def test_annealing_says_what_importance_samples_lose(tmp_path):
     assert seed["annealed"]["value"] == pytest.approx(-known.item(), abs=0.3)
 
 
+def test_no_seeds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="reproduce: seeds must be positive, got 0"):
+        reproduce.run(row(), tmp_path, seeds=0)
+
+
 def test_time_that_is_up_leaves_a_record_of_how_far_it_went(tmp_path):
     long = row(stages=(Stage("vae", "vae", 10_000, VAE, {"data": "digits"}, "made"),))
     record = reproduce.run(long, tmp_path, minutes=0.02)

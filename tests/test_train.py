@@ -129,6 +129,26 @@ def test_training_learns(digits, tmp_path, capsys):
     assert all("train ELBO" in line and "KL" in line and "valid ELBO" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vae", {"objective": "iwae"}),
+        ("vae", {"objective": "dreg"}),
+        ("sbn", {"objective": "vimco"}),
+        ("sbn", {"objective": "rws"}),
+    ],
+    ids=lambda of: of if isinstance(of, str) else of["objective"],
+)
+def test_the_terms_of_many_samples_are_those_of_the_bound_of_one(digits, name, options):
+    config = {"latent_dim": 4, "num_samples": 20, **options}
+    trainer = Trainer(name, config, digits, Settings(batch_size=len(digits.train)))
+    elbo = trainer.model.elbo(digits.batch(torch.arange(len(digits.train))))
+    value, recon, kl = trainer.train_step()
+    assert recon == pytest.approx(elbo.recon.mean().item(), abs=0.2)
+    assert kl == pytest.approx(elbo.kl.mean().item(), abs=0.1)
+    assert value > recon - kl + 0.2  # the bound of 20 samples
+
+
 def test_the_log_says_the_bound_whatever_is_maximised(digits, tmp_path, capsys):
     config = {"latent_dim": 2, "hidden": [4], "objective": "beta", "beta": 50.0}
     trainer = Trainer("vae", config, digits, Settings(batch_size=2000, warmup=3))
@@ -220,10 +240,34 @@ def test_a_run_that_is_killed_knows_its_best_epoch(digits, tmp_path):
 
 def test_a_score_that_is_nan_is_never_the_best(digits, monkeypatch):
     scores = iter([float("nan"), -30.0, float("nan"), -20.0, -25.0])
-    monkeypatch.setattr(train, "_mean_log_likelihood", lambda *_, **__: next(scores))
+    monkeypatch.setattr(train, "_mean_elbo", lambda *_: (next(scores), 0.0, 0.0))
     trainer = make(digits, patience=9)
     assert [trainer.validate() for _ in range(5)] == [False, True, False, True, False]
     assert trainer.best == -20.0
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "iwae", "num_samples": 20}])
+def test_the_score_is_of_the_bound_that_training_has(digits, options):
+    trainer = Trainer("vae", {**CONFIG, **options}, digits, Settings(patience=1))
+    assert trainer.validate()
+    draw, valid = torch.Generator().manual_seed(1), digits.valid.float()
+    if options:
+        known = trainer.model.log_likelihood(valid, 20, generator=draw)
+    else:
+        known = trainer.model.elbo(valid, generator=draw).elbo
+    assert trainer.best == pytest.approx(known.mean().item(), abs=0.1)
+
+
+def test_a_model_that_was_scored_trains_on(digits, tmp_path):
+    config = {"latent_dim": 4, "objective": "nvil"}
+    one, other = (Trainer("sbn", config, digits, Settings()) for _ in range(2))
+    for trainer in (one, other):
+        trainer.train_step()
+    assert not train.best_model(one, tmp_path / "c").training
+    for trainer in (one, other):
+        trainer.train_step()
+    for name, value in one.model.state_dict().items():  # the running means of NVIL among them
+        assert torch.equal(value, other.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
@@ -312,7 +356,7 @@ def test_bfloat16_is_for_the_networks_in_training_and_learns_as_much(digits):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_without_bfloat16_is_said(digits, monkeypatch, fast):
     monkeypatch.setattr(train, "_multiplies_bfloat16", lambda _: fast)
-    for precision in train.PRECISIONS:
+    for precision in checkpoint.PRECISIONS:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             make(digits, precision=precision)
@@ -342,7 +386,7 @@ _EVERY = [
 def test_every_model_has_the_gradient_of_float32_in_bfloat16(digits, name, config):
     """Nearly: of the first step, whose noise has the same seed in both."""
     slopes = []
-    for precision in train.PRECISIONS:
+    for precision in checkpoint.PRECISIONS:
         trainer = Trainer(name, config, digits, Settings(precision=precision, batch_size=1000))
         trainer.train_step()
         given = [p.grad for p in trainer.model.parameters() if p.grad is not None]
@@ -359,6 +403,13 @@ def test_every_model_has_the_gradient_of_float32_in_bfloat16(digits, name, confi
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"ema": float("nan")}, r"ema must be in \[0, 1\), got nan"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"lr": -1e-3}, "lr must be positive, got -0.001"),
+        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, or None, got 0.0"),
+        ({"clip_norm": -1.0}, "clip_norm must be positive, or None, got -1.0"),
+        ({"warmup": -2}, "warmup must be at least 0, got -2"),
+        ({"patience": -1}, "patience must be at least 0, got -1"),
     ],
 )
 def test_settings_that_are_none_are_refused(digits, settings, message):

@@ -65,8 +65,9 @@ def _importance_weighted(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -
     log_joint = model.log_joint(x)
     z, log_q = model.posterior(x).draw(model.num_samples, key=key)
     recon, log_prior = log_joint(z)
-    bound = importance_weighted_bound(recon + kl_weight * (log_prior - log_q))
-    return Elbo(bound, (recon := recon.mean(0)), recon - bound)
+    kl = log_q - log_prior
+    bound = importance_weighted_bound(recon - kl_weight * kl)
+    return Elbo(bound, recon.mean(0), kl.mean(0))
 
 
 def _dreg(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
@@ -74,15 +75,16 @@ def _dreg(model: VAE, x: Tensor, kl_weight: float, key: Tensor) -> Elbo:
         return _importance_weighted(model, x, kl_weight, key)
     log_joint, q = model.log_joint(x), model.posterior(x)
     assert isinstance(q, Normal)
-    recon = x.new_zeros(())
+    recon = kl = x.new_zeros(())
 
     def log_w(z: Tensor) -> Tensor:
-        nonlocal recon
+        nonlocal recon, kl
         recon, log_prior = log_joint(z)
-        return recon + log_prior - q.detach().log_prob(z)
+        kl = q.detach().log_prob(z) - log_prior
+        return recon - kl
 
     bound = importance_weighted_bound(log_w, "dreg", z=q.sample(model.num_samples, key=key))
-    return Elbo(bound, (recon := recon.mean(0)), recon - bound)
+    return Elbo(bound, recon.mean(0), kl.mean(0))
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -195,7 +195,7 @@ class SigmoidBelief(LatentVector):
         z = torch.cat(bits, -1)
         log_p_x = self.log_p_x_given(batch.x)(z)
         log_p = torch.stack([log_p_x, *self.log_p_of_layers(z)], -1)
-        recon = log_p_x.mean(0)
+        kl = log_q.sum(-1) - log_p[..., 1:].sum(-1)
         name = self.config["objective"]
         if name == "nvil":
             seen = [q.mu, *bits[:-1]]
@@ -207,6 +207,5 @@ class SigmoidBelief(LatentVector):
                 log_p, log_q, self.depends, self.depends[:, :-1], baseline, control=self.control
             )
         else:
-            log_q = log_q.sum(-1)
-            bound = importance_weighted_bound(log_p.sum(-1) - log_q, name, log_q=log_q)
-        return Elbo(bound, recon, recon - bound)
+            bound = importance_weighted_bound(log_p_x - kl, name, log_q=log_q.sum(-1))
+        return Elbo(bound, log_p_x.mean(0), kl.mean(0))
