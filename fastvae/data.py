@@ -90,7 +90,8 @@ class Dataset:
     Attributes:
         name: a key of :data:`DATASETS`.
         train, valid, test: ``[N, D]`` in [0, 1], float32, or uint8 where every pixel is 0 or 1.
-            ``valid`` and ``test`` are ready to be scored; ``train`` goes through :meth:`batch`.
+            ``valid`` and ``test`` are ready to be scored, as floats; ``train`` goes through
+            :meth:`batch`.
         image_shape: height and width; their product is ``D``.
         likelihood: ``"bernoulli"`` or ``"gaussian"``.
         noise: ``"bernoulli"`` (dynamic binarization), ``"uniform"`` (dequantization) or ``"none"``.
