@@ -92,10 +92,13 @@ variable_list outputs_of(const Stack& stack) {
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-// d outputs / d inputs of the twin, itself differentiable. Undefined where not wanted.
-variable_list reference_backward(const Op& op, const variable_list& grads,
-                                 const variable_list& inputs, Settings settings,
-                                 const std::vector<bool>& wanted) {
+// d outputs / d inputs of the twin, itself differentiable. Undefined where not wanted. Of aliases
+// of the inputs: where one is made of another, or given twice, its own path alone is this node's.
+variable_list reference_backward(const Op& op, const variable_list& grads, variable_list inputs,
+                                 Settings settings, const std::vector<bool>& wanted) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (wanted[i]) inputs[i] = inputs[i].view_as(inputs[i]);
+  }
   Stack stack;
   push_arguments(stack, op, inputs, settings);
   twin(op).callBoxed(stack);

@@ -97,6 +97,7 @@ class TriangleOp {
     }
     const Tensor d_scale_tril = allocate(shape, scale_tril_.options());
     if (d_scale_tril.is_meta() || d_scale_tril.numel() == 0) return {d_mu, d_scale_tril};
+    if (mu.numel() == 0) return {d_mu, d_scale_tril.zero_()};  // no row says anything of it
     TriangleSweep sweep = lay_out(shares ? triangles() : expanded_triangles());
     const Tensor row_grads = grad_kl ? grad_kl->contiguous() : Tensor();
     if (grad_z) sweep.grad_z = wide_grad_z->const_data_ptr();

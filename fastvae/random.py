@@ -14,6 +14,7 @@ are the definition that the kernels are tested against, and what runs where the 
 from __future__ import annotations
 
 import math
+from operator import index
 
 import torch
 from torch import Tensor
@@ -41,6 +42,20 @@ def _signed(x: int) -> int:
     return (x + 2**63) % 2**64 - 2**63
 
 
+def check_key(who: str, key: Tensor) -> None:
+    """As the ops do.
+
+    Raises:
+        TypeError: if the key is not int64.
+        ValueError: if it has another shape than ``[2]``.
+    """
+    if key.dtype != torch.int64:
+        raise TypeError(f"fastvae::{who}: key must be int64 (seed, offset), got {key.dtype}")
+    if key.shape != (2,):
+        shape = list(key.shape)
+        raise ValueError(f"fastvae::{who}: key must have shape [2] (seed, offset), got {shape}")
+
+
 def key(seed: int, offset: int = 0, device: torch.device | str | None = None) -> Tensor:
     """The key ``(seed, offset)`` as an int64 tensor of shape ``[2]``.
 
@@ -49,7 +64,8 @@ def key(seed: int, offset: int = 0, device: torch.device | str | None = None) ->
     >>> fastvae.random.key(0).tolist()
     [0, 0]
     """
-    return torch.tensor([_signed(seed), _signed(offset)], dtype=torch.int64, device=device)
+    numbers = [_signed(index(seed)), _signed(index(offset))]
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def from_generator(
@@ -84,6 +100,7 @@ def fold_in(key: Tensor, data: int) -> Tensor:
     >>> key = fastvae.random.key(0)
     >>> per_layer = [fastvae.random.fold_in(key, layer) for layer in range(3)]
     """
+    check_key("fold_in", key)
     data = (data + 1) % 2**64  # 0 would be the block that sampling itself draws
     lo = _philox(
         (key[1] & _MASK, (key[1] >> 32) & _MASK, data & _MASK, data >> 32),
@@ -102,6 +119,7 @@ def shard(key: Tensor, row_offset: int, row_size: int) -> Tensor:
     Raises:
         ValueError: if the rows before the shard do not fill whole blocks of four elements.
     """
+    check_key("shard", key)
     elements = row_offset * row_size
     if elements % 4:
         raise ValueError(
@@ -132,10 +150,18 @@ def _philox(
 
 def words(key: Tensor, blocks: int) -> Tensor:
     """The raw 32-bit words of a key's first ``blocks`` blocks, int64 of shape ``[blocks, 4]``."""
-    index = key[1] + torch.arange(blocks, device=key.device)
-    zero = torch.zeros_like(index)
-    counter = (index & _MASK, (index >> 32) & _MASK, zero, zero)
+    check_key("random", key)
+    block = key[1] + torch.arange(blocks, device=key.device)
+    zero = torch.zeros_like(block)
+    counter = (block & _MASK, (block >> 32) & _MASK, zero, zero)
     return torch.stack(_philox(counter, key[0] & _MASK, (key[0] >> 32) & _MASK), dim=-1)
+
+
+def _check(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"fastvae::random: dtype must be floating, got {dtype}")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"fastvae::random: shape must not be negative, got {list(shape)}")
 
 
 def _uniforms(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -156,6 +182,7 @@ def uniform(
 
     Half types are computed in float32 and rounded.
     """
+    _check(shape, dtype)
     return _take(_uniforms(key, shape, dtype), shape, dtype)
 
 
@@ -169,6 +196,7 @@ def normal(
     >>> fastvae.random.normal(fastvae.random.key(0), (2, 3)).shape
     torch.Size([2, 3])
     """
+    _check(shape, dtype)
     u = _uniforms(key, shape, dtype)
     radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
     # The quarter turn is taken off exactly, so that cos and sin keep their digits near their zeros.
@@ -193,5 +221,6 @@ def gumbel(
     >>> fastvae.random.gumbel(fastvae.random.key(0), (2, 3)).shape
     torch.Size([2, 3])
     """
+    _check(shape, dtype)
     u = _uniforms(key, shape, torch.float64)
     return _take(-torch.log(-torch.log(u)), shape, dtype)

@@ -202,6 +202,13 @@ def test_no_largest_is_nan(row, hard):
     assert y[1].isfinite().all()
 
 
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_samples_of_no_class_raise(num_samples):
+    message = "gumbel_softmax: logits must have at least one dimension, got a 0-dim"
+    with pytest.raises(RuntimeError, match=message):
+        fastvae.gumbel_softmax(torch.tensor(0.0), 1.0, num_samples)
+
+
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.0, INF, math.nan])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_wrong_temperatures_raise(temperature, device):

@@ -150,6 +150,24 @@ def test_special_triangles(device):
         assert grads[1].shape == c.shape
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
+def test_a_triangle_of_no_rows_has_no_slope(shape, device):
+    mu = torch.zeros(shape, device=device, requires_grad=True)
+    triangle = torch.eye(3, device=device, requires_grad=True)
+    z, kl = fastvae.reparameterize_tril_kl(mu, triangle)
+    (slope,) = torch.autograd.grad(z.sum() + kl.sum(), triangle)
+    assert torch.equal(slope, torch.zeros_like(triangle))
+
+
+def test_no_samples_of_a_triangle_have_its_divergence(device):
+    mu, triangle = torch.ones(2, 3, device=device), torch.eye(3, device=device).requires_grad_()
+    z, kl = fastvae.reparameterize_tril_kl(mu, triangle, num_samples=0)
+    assert z.shape == (0, 2, 3)
+    (slope,) = torch.autograd.grad(z.sum() + kl.sum(), triangle)
+    (known,) = torch.autograd.grad(fastvae.gaussian_tril_kl(mu, triangle).sum(), triangle)
+    assert torch.equal(slope, known)
+
+
 def test_bad_triangles_raise():
     mu, start = torch.zeros(2, 3), "fastvae::reparameterize_tril_kl: "
     for shape in ((3,), (3, 4), (4, 3), (2, 4, 4), (1, 1)):
@@ -216,6 +234,38 @@ def test_low_rank_trains_in_half_types_and_under_compile(device):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), grads, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("log_var", [-4.0, -20.0, -60.0])
+def test_low_rank_of_columns_that_are_one_another(log_var, device):
+    """M is I and a matrix of rank 1: log det M = log(1 + R |v / sigma|^2)."""
+    mu = torch.zeros(1, 16, device=device)
+    column = torch.linspace(-1.0, 1.0, 16, device=device).reshape(1, 16, 1).requires_grad_()
+    rank = 8 if log_var > -60.0 else 1  # beyond, float64 has not the digits of I
+    factor, scale = column.expand(1, 16, rank), torch.full_like(mu, log_var)
+    _, kl = fastvae.reparameterize_low_rank_kl(mu, scale, factor)
+    squares = rank * column.double().square().sum()
+    log_det = torch.log1p(squares * math.exp(-log_var))
+    known = fastvae.gaussian_kl(mu, scale).double() + 0.5 * (squares - log_det)
+    torch.testing.assert_close(kl.double(), known, rtol=1e-5, atol=1e-5)
+    slopes = [torch.autograd.grad(one.sum(), column)[0] for one in (kl, known)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
+
+
+def test_low_rank_of_no_numbers_is_none(device):
+    mu, factor = torch.zeros(2, 3, device=device), torch.ones(2, 3, 2, device=device)
+    factor[0, 0, 0] = math.nan
+    _, kl = fastvae.reparameterize_low_rank_kl(mu, mu, factor)
+    assert kl.isnan().tolist() == [True, False]
+
+
+def test_low_rank_is_computed_in_its_own_type_under_autocast(device):
+    mu, log_var = torch.randn(2, 4, 16, device=device).unbind()
+    inputs, key = (mu, log_var - 4.0, torch.randn(4, 16, 8, device=device)), fastvae.random.key(0)
+    known = fastvae.reparameterize_low_rank_kl(*inputs, key=key.to(device))
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        found = fastvae.reparameterize_low_rank_kl(*inputs, key=key.to(device))
+    torch.testing.assert_close(found, known)
 
 
 def test_bad_factors_raise():

@@ -500,7 +500,7 @@ def test_errors_of_elbo(arguments, error, message):
         (
             {"key": torch.zeros(3).long()},
             ValueError,
-            r"key must be int64 of shape \[2\], got torch.int64 and \[3\]",
+            r"key must have shape \[2\] \(seed, offset\), got \[3\]",
         ),
         (
             {"key": fastvae.random.key(0), "generator": generator()},

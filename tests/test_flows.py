@@ -362,6 +362,17 @@ def test_unrolling_is_as_many_passes_and_so_are_its_gradients(element, hidden, g
     torch.testing.assert_close(got, gradients(_by_passes(transform, z, context)))
 
 
+def test_unrolled_gradients_with_a_graph_are_those_without_where_z_is_of_the_context():
+    element = flows.Affine("tanh_exp")
+    transform = stirred(flows.Autoregressive(3, element, hidden=(9,), context_dim=2))
+    context = torch.randn(11, 2, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(11, 3, dtype=torch.float64)
+    x, log_det = transform.forward_and_log_det(start + context.sum(-1, keepdim=True).sin(), context)
+    loss, wanted = x.square().sum() + log_det.sum(), [context, *transform.parameters()]
+    known = torch.autograd.grad(loss, wanted, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, wanted, create_graph=True), known)
+
+
 @pytest.mark.parametrize("element", [flows.Affine("gated"), flows.Spline(5)])
 def test_a_single_column_is_unrolled_through_hidden_units_that_see_none(element):
     transform = stirred(flows.Autoregressive(1, element, hidden=(9, 4)))

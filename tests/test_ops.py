@@ -120,6 +120,29 @@ def test_gradgradcheck(case, device, key):
 
 
 @each_case
+def test_gradients_with_a_graph_are_those_without_where_inputs_depend_on_others(case, device, key):
+    """As z does on mu: what comes to mu by way of z must not come twice."""
+    leaves = case.draw((2, 3), torch.float64, requires_grad=True, device=device)
+    inputs, link = [], torch.zeros((), dtype=torch.float64, device=device)
+    for leaf in leaves:
+        inputs.append(leaf + link)
+        total = 0.5 * sum(x.sum() for x in inputs)
+        link = total - total.detach()  # 0, with a slope
+    loss = weighted(case.call(inputs, key))
+    known = torch.autograd.grad(loss, leaves, retain_graph=True)
+    found = torch.autograd.grad(loss, leaves, create_graph=True)
+    torch.testing.assert_close(found, known, rtol=1e-7, atol=1e-9)
+
+
+def test_gradients_with_a_graph_are_those_without_where_an_input_comes_twice():
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    for loss in (fastvae.gaussian_kl(x, x).sum(), fastvae.gaussian_log_prob(x, x, x).sum()):
+        (known,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (found,) = torch.autograd.grad(loss, x, create_graph=True)
+        torch.testing.assert_close(found, known)
+
+
+@each_case
 def test_gradient_only_where_asked(case, device, key):
     """Any subset of inputs may require gradients; the others get none, the values do not change."""
     full = gradients(case, case.draw((4, 9), requires_grad=True, device=device), key)

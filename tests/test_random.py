@@ -304,6 +304,33 @@ def test_key_takes_any_integer():
 # --- randomness under transforms ------------------------------------------------------------------
 
 
+def test_what_is_no_key_is_refused():
+    random = fastvae.random
+    calls = (
+        lambda key: random.normal(key, (4,)),
+        lambda key: random.fold_in(key, 1),
+        lambda key: random.shard(key, 4, 1),
+    )
+    for call in calls:
+        for bad in (torch.zeros(2, dtype=torch.int32), torch.zeros(2)):
+            with pytest.raises(TypeError, match=r"key must be int64 \(seed, offset\), got"):
+                call(bad)
+        for shape in ((3,), (2, 2), ()):
+            with pytest.raises(ValueError, match=r"key must have shape \[2\] .*, got"):
+                call(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(TypeError, match="integer"):
+        random.key(0.5)
+
+
+@pytest.mark.parametrize("draw", ["uniform", "normal", "gumbel"])
+def test_noise_of_no_shape_or_dtype_is_refused(draw):
+    function, key = getattr(fastvae.random, draw), fastvae.random.key(0)
+    with pytest.raises(ValueError, match=r"shape must not be negative, got \[2, -1\]"):
+        function(key, (2, -1))
+    with pytest.raises(TypeError, match="dtype must be floating, got torch.int64"):
+        function(key, (4,), torch.int64)
+
+
 def test_two_draws_in_one_compiled_training_step_differ():
     """A draw from a hidden generator is merged by CSE: op(x) - op(x) was exactly 0."""
 

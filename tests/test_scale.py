@@ -230,6 +230,11 @@ def test_bad_options_raise():
             message = start + f"groups must divide the last dimension, got {bad} and 6"
             with pytest.raises(ValueError, match=message):
                 function(mu, mu, groups=bad)
+        for other in (torch.zeros(2, 3), torch.zeros(2, 2), torch.tensor(0.0)):
+            with pytest.raises(ValueError, match=start + "the last dimensions must broadcast, got"):
+                function(mu, other, groups=2)
+        with pytest.raises(ValueError, match="groups must divide the last dimension, got 1 and 0"):
+            function(mu[:, :0], mu[:, :0], groups=1)
     message = "laplace_log_prob: parameterization must be one of .*, got stddev"
     for package in (fastvae, fastvae.reference):
         with pytest.raises(ValueError, match=message):

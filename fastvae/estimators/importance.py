@@ -135,11 +135,8 @@ def importance_sampled_log_likelihood(
             raise ValueError(f"fastvae::{name}: {what} must be positive, got {value}")
     if key is not None and generator is not None:
         raise ValueError(f"fastvae::{name}: key and generator must not be given together, got both")
-    if key is not None and (key.dtype != torch.int64 or key.shape != (2,)):
-        raise ValueError(
-            f"fastvae::{name}: key must be int64 of shape [2], got {key.dtype} and"
-            f" {list(key.shape)}"
-        )
+    if key is not None:
+        random.check_key(name, key)
     first = random.from_generator(generator, mu.device) if key is None else key
     size = chunk + -chunk % 4  # so that every chunk starts with a whole block of noise
     shape = torch.broadcast_shapes(mu.shape, log_var.shape)

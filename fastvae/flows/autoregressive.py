@@ -359,6 +359,8 @@ class _Unrolled(torch.autograd.Function):
             return [None, None, None, *(next(found) if one else None for one in wanted)]
 
         if torch.is_grad_enabled():
+            # Of aliases: where one is made of another, its own path alone is this node's.
+            inputs = [y if y is None else y.view_as(y) for y in inputs]
             outputs = through(inputs, lambda *given: flow.unroll(*given, inverse))
             return tuple(gradients(outputs, (d_x, d_log_det), inputs, create_graph=True))
 

@@ -63,7 +63,7 @@ def gumbel_softmax(
     tensor([1., 1., 1., 1.])
     """
     key = _key("gumbel_softmax", logits, generator, key)
-    if num_samples is not None:
+    if num_samples is not None and logits.dim() > 0:  # else the op has its say
         _check_num_samples("gumbel_softmax", num_samples)
         logits = logits.expand(num_samples, *logits.shape)
     return _gumbel_softmax(logits, key, temperature, hard)

@@ -67,9 +67,6 @@ def affine_coupling(
     """
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = mask.to(x.dtype)
-    if scale is None:  # one operation of PyTorch's, and nothing to fuse it with
-        step = -shift if inverse else shift
-        y = x + (step if mask is None else torch.where(mask > 0.5, 0.0, step))
-        is_double = x.dtype == torch.float64
-        return y, y.new_zeros(y.shape[:-1], dtype=None if is_double else torch.float32)
+    if scale is None:  # e^0
+        scale, kind = x.new_zeros(1), "exp"
     return _affine_coupling(x, shift, scale, mask, kind, inverse)  # type: ignore[no-any-return]

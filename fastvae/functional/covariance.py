@@ -151,7 +151,7 @@ def reparameterize_low_rank_kl(
 
     Returns:
         ``(z, kl)``: ``[..., D]`` or ``[S, ..., D]``; nats, one per row of the parameters, ``[...]``
-        (float32 for half types).
+        (float32 for half types). NaN where the inputs are, or M is singular to float64's digits.
 
     Raises:
         TypeError: if a dtype is not floating, or they differ.
@@ -180,10 +180,13 @@ def reparameterize_low_rank_kl(
     kl = gaussian_kl(mu, log_var, parameterization=parameterization)
     wide = factor.to(kl.dtype)
     inverse_sigma = scale_map(name, parameterization).inverse_sigma(log_var.to(kl.dtype))
-    scaled = wide * inverse_sigma.unsqueeze(-1)
+    scaled = (wide * inverse_sigma.unsqueeze(-1)).double()  # M has its squares, and the digits of I
     rank = factor.shape[-1]
-    capacitance = torch.eye(rank, dtype=kl.dtype, device=mu.device) + scaled.mT @ scaled
-    log_det = 2.0 * torch.linalg.cholesky(capacitance).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    with torch.autocast(mu.device.type, enabled=False):
+        capacitance = torch.eye(rank, dtype=scaled.dtype, device=mu.device) + scaled.mT @ scaled
+    triangle, failed = torch.linalg.cholesky_ex(capacitance)
+    log_det = 2.0 * triangle.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_det = torch.where(failed == 0, log_det, torch.nan).to(kl.dtype)
     kl = kl + 0.5 * (wide.square().sum((-2, -1)) - log_det)
 
     rows = torch.broadcast_shapes(mu.shape, log_var.shape, factor.shape[:-1])
@@ -192,4 +195,5 @@ def reparameterize_low_rank_kl(
         rows = torch.Size((num_samples, *rows))
     z = reparameterize(mu.expand(rows), log_var, parameterization=parameterization, key=key)
     eta = random.normal(random.fold_in(key, 0), (*rows[:-1], rank), mu.dtype).to(mu.device)
-    return z + (factor @ eta.unsqueeze(-1)).squeeze(-1), kl
+    with torch.autocast(mu.device.type, enabled=False):
+        return z + (factor @ eta.unsqueeze(-1)).squeeze(-1), kl

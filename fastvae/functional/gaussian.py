@@ -215,15 +215,19 @@ def gaussian_kl(
 
 def _split(name: str, groups: int, *inputs: Tensor | None) -> list[Tensor | None]:
     """``[..., D]`` seen as ``[..., G, D / G]``: the row sums are then those of the groups."""
-    size = max(x.shape[-1] for x in inputs if x is not None and x.dim() > 0)
-    if groups < 1 or size % groups:
+    given = [x for x in inputs if x is not None]
+    sizes = [x.shape[-1] for x in given if x.dim() > 0]
+    size = max(sizes, default=0)
+    if len(sizes) < len(given) or any(one not in (1, size) for one in sizes):
+        shapes = ", ".join(str(list(x.shape)) for x in given)
+        raise ValueError(f"fastvae::{name}: the last dimensions must broadcast, got {shapes}")
+    if groups < 1 or size < 1 or size % groups:
         raise ValueError(
             f"fastvae::{name}: groups must divide the last dimension, got {groups} and {size}"
         )
 
     def split(x: Tensor) -> Tensor:
-        is_shared = x.dim() == 0 or x.shape[-1] == 1
-        return x.unsqueeze(-1) if is_shared else x.unflatten(-1, (groups, -1))
+        return x.unsqueeze(-1) if x.shape[-1] == 1 else x.unflatten(-1, (groups, -1))
 
     return [None if x is None else split(x) for x in inputs]
 

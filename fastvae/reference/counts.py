@@ -21,7 +21,8 @@ def _is_count(x: Tensor) -> Tensor:
 def poisson_log_prob(x: Tensor, log_rate: Tensor) -> Tensor:
     x, log_rate = torch.broadcast_tensors(*_compute(x, log_rate))
     large = torch.finfo(x.dtype).max ** 0.5  # beyond, the exponential wins: not inf - inf
-    linear = x * torch.where(x == 0, 0.0, log_rate).clamp(max=large)
+    none = (x == 0) & torch.isinf(log_rate)
+    linear = x * torch.where(none, 0.0, log_rate).clamp(max=large)
     value = linear - torch.exp(log_rate) - torch.lgamma(x + 1.0)
     return torch.where(_is_count(x), value, torch.nan).sum(-1)
 
@@ -29,11 +30,11 @@ def poisson_log_prob(x: Tensor, log_rate: Tensor) -> Tensor:
 def _negative_binomial(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     x, mu, theta = torch.broadcast_tensors(x, mu, theta)
     log_m = torch.log(mu + theta)
-    log_mu = torch.log(torch.where(x == 0, 1.0, mu))
+    log_mu = torch.log(torch.where((x == 0) & (mu == 0), 1.0, mu))
     value = (
         (torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1.0))
         + theta * (torch.log(theta) - log_m)
-        + x * (log_mu - torch.where(x == 0, 0.0, log_m))
+        + x * (log_mu - torch.where((x == 0) & torch.isinf(log_m), 0.0, log_m))
     )
     valid = _is_count(x) & _is_count(mu) & (theta > 0) & torch.isfinite(theta)
     return torch.where(valid, value, torch.nan)
