@@ -256,13 +256,37 @@ bool is_transformed(const Tensor& x) {
   return x.key_set().has(c10::DispatchKey::FuncTorchGradWrapper) || x._fw_grad(0).defined();
 }
 
+// What the op has to say against its arguments, which its twin does not check: said by the op, of
+// tensors of the same shapes without memory, whatever transforms are in force.
+void check(const Op& op, const Stack& stack) {
+  using c10::DispatchKey;
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_transforms{c10::DispatchKeySet{
+      DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode,
+      DispatchKey::FuncTorchVmapMode, DispatchKey::FuncTorchBatched,
+      DispatchKey::FuncTorchGradWrapper}};
+  const auto arguments = static_cast<std::ptrdiff_t>(op.tensors + op.settings);
+  Stack shapes(stack.end() - arguments, stack.end());
+  for (size_t i = 0; i < op.tensors; ++i) {
+    if (shapes[i].isNone()) continue;
+    const Tensor& x = shapes[i].toTensor();
+    shapes[i] = at::empty_symint(x.sym_sizes(), x.options().device(at::kMeta));
+  }
+  op.forward.callBoxed(shapes);
+}
+
+void call_twin(const Op& op, Stack& stack) {
+  check(op, stack);
+  twin(op).callBoxed(stack);
+}
+
 // Under the Autograd key: out of the way at once when no gradient is asked for.
 void call_autograd(const Op& op, Stack& stack) {
   const Inputs inputs = inputs_of(op, stack);
   bool requires_grad = false;
   for (const Tensor& input : inputs) {
     if (!input.defined()) continue;
-    if (is_transformed(input)) return twin(op).callBoxed(stack);
+    if (is_transformed(input)) return call_twin(op, stack);
     requires_grad |= input.requires_grad();
   }
   if (requires_grad && at::GradMode::is_enabled()) return Differentiable::apply(op, inputs, stack);
@@ -271,7 +295,7 @@ void call_autograd(const Op& op, Stack& stack) {
 }
 
 // Under vmap the twin broadcasts; torch's fallback would call the kernel once per example.
-void call_batched(const Op& op, Stack& stack) { twin(op).callBoxed(stack); }
+void call_batched(const Op& op, Stack& stack) { call_twin(op, stack); }
 
 // Under autocast, inputs of several floating types meet in the widest: a float32 x and bfloat16
 // logits score in float32. Types that already agree are left alone; row sums are float32 anyway.

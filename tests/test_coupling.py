@@ -53,13 +53,13 @@ def test_additive_has_no_determinant():
     assert y.dtype == torch.bfloat16
     assert log_det.dtype == torch.float32
     assert torch.equal(log_det, torch.zeros(64))
-    for x, error, message in (
+    for wrong, error, message in (
         (x.int(), TypeError, "x must be"),
         (x.float(), TypeError, "shift must have the dtype of x"),
         (x[:, :5], ValueError, "shift must broadcast with x"),
     ):
         with pytest.raises(error, match=f"fastvae::affine_coupling: {message}"):
-            fastvae.affine_coupling(x, shift)
+            fastvae.affine_coupling(wrong, shift)
 
 
 def test_a_mask_may_be_of_numbers_or_of_booleans_and_gets_no_gradient():

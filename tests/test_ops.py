@@ -635,6 +635,28 @@ def test_wrong_inputs_raise_and_name_the_argument(case):
 
 
 @each_case
+def test_wrong_inputs_raise_under_transforms_too(case):
+    """Where the twin serves, which checks nothing."""
+    key, first = fastvae.random.key(1), case.inputs[0]
+    wrong = [(torch.ones(3, 4, dtype=torch.float64), TypeError, "have the dtype of")]
+    if not case.no_broadcast:
+        wrong.append((torch.ones(3, 5), ValueError, "broadcast with"))
+    for k, spec in enumerate(case.inputs):
+        for value, error, rule in wrong:
+            if k == 0 or first.integral:
+                continue
+            inputs = replaced(case, k, value)
+
+            def loss(x, rest=tuple(inputs[1:])):
+                return sum(out.sum() for out in case.call([x, *rest], key))
+
+            message = rf"fastvae::{case.op}: {spec.name} must {rule} {first.name}, got"
+            for call in (torch.func.grad(loss), torch.func.vmap(loss, randomness="same")):
+                with pytest.raises(error, match=message):
+                    call(inputs[0])
+
+
+@each_case
 def test_wrong_keys_raise(case):
     if not case.sampled:
         with pytest.raises(TypeError):

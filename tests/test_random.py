@@ -327,7 +327,7 @@ def test_noise_of_no_shape_or_dtype_is_refused(draw):
     function, key = getattr(fastvae.random, draw), fastvae.random.key(0)
     with pytest.raises(ValueError, match=r"shape must not be negative, got \[2, -1\]"):
         function(key, (2, -1))
-    with pytest.raises(TypeError, match="dtype must be floating, got torch.int64"):
+    with pytest.raises(TypeError, match=r"dtype must be floating, got torch\.int64"):
         function(key, (4,), torch.int64)
 
 
