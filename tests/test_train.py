@@ -186,7 +186,7 @@ def test_training_ends_when_no_epoch_is_better_and_keeps_the_best(digits, tmp_pa
 
     def record() -> bool:
         better = validate()
-        scores.append(train._mean_log_likelihood(trainer.model, digits.valid, 1))
+        scores.append(train._mean_elbo(trainer.model, digits.valid)[0])
         return better
 
     trainer.validate = record
@@ -196,7 +196,7 @@ def test_training_ends_when_no_epoch_is_better_and_keeps_the_best(digits, tmp_pa
     assert trainer.best == max(scores)
     assert trainer.best_epoch == scores.index(max(scores)) + 1 == trainer.epoch - 4
     model = train.best_model(trainer, path)
-    assert train._mean_log_likelihood(model, digits.valid, 1) == trainer.best
+    assert train._mean_elbo(model, digits.valid)[0] == trainer.best
     train.fit(trainer, path, epochs=1000)  # there is nothing left to do
     assert trainer.epoch == len(scores)
     # Stopped within an epoch and resumed, it finds the same.
@@ -226,7 +226,7 @@ def test_a_run_that_is_killed_knows_its_best_epoch(digits, tmp_path):
         train.fit(Killed("vae", CONFIG, digits, settings), path, epochs=20)
     resumed, best = Trainer.resume(path, digits), checkpoint.read(tmp_path / train.BEST).header
     assert (best.epoch, best.best) == (resumed.best_epoch, resumed.best) == (3, resumed.best)
-    assert train._mean_log_likelihood(train.best_model(resumed, path), digits.valid, 1) == best.best
+    assert train._mean_elbo(train.best_model(resumed, path), digits.valid)[0] == best.best
     old = path.read_bytes()
     train.fit(resumed, path, epochs=5)
     path.write_bytes(old)
@@ -331,7 +331,7 @@ def test_the_best_epoch_is_one_of_the_average(digits, tmp_path):
     trainer, path = make(digits, patience=3, ema=0.9, lr=1e-2), tmp_path / "c.safetensors"
     train.fit(trainer, path, epochs=40)
     model = train.best_model(trainer, path)
-    assert train._mean_log_likelihood(model, digits.valid, 1) == trainer.best
+    assert train._mean_elbo(model, digits.valid)[0] == trainer.best
 
 
 def test_bfloat16_is_for_the_networks_in_training_and_learns_as_much(digits):
