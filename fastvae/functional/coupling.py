@@ -67,6 +67,31 @@ def affine_coupling(
     """
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = mask.to(x.dtype)
-    if scale is None:  # e^0
-        scale, kind = x.new_zeros(1), "exp"
+    if scale is None:  # one operation of PyTorch's, and nothing to fuse it with
+        _check_additive(x, shift, mask)
+        step = -shift if inverse else shift
+        y = x + (step if mask is None else torch.where(mask > 0.5, 0.0, step))
+        is_double = x.dtype == torch.float64
+        return y, y.new_zeros(y.shape[:-1], dtype=None if is_double else torch.float32)
     return _affine_coupling(x, shift, scale, mask, kind, inverse)  # type: ignore[no-any-return]
+
+
+def _check_additive(x: Tensor, shift: Tensor, mask: Tensor | None) -> None:
+    """What the op would have said."""
+    start = "fastvae::affine_coupling:"
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{start} x must be of a floating type, got {x.dtype}")
+    shape = x.shape
+    for name, given in (("x", x), ("shift", shift), ("mask", mask)):
+        if given is None:
+            continue
+        if given.dim() == 0:
+            raise ValueError(f"{start} {name} must have at least one dimension, got a 0-dim tensor")
+        if given.dtype != x.dtype:
+            types = f"{given.dtype} and {x.dtype}"
+            raise TypeError(f"{start} {name} must have the dtype of x, got {types}")
+        try:
+            shape = torch.broadcast_shapes(shape, given.shape)
+        except RuntimeError as error:
+            shapes = f"{list(given.shape)} and {list(x.shape)}"
+            raise ValueError(f"{start} {name} must broadcast with x, got {shapes}") from error
